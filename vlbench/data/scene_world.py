@@ -97,7 +97,7 @@ class RenderedScene:
 
     def read_size(self, exif: bool) -> tuple[int, int]:
         """Return width and height in pixels."""
-        return IMAGE_SIDE, IMAGE_SIDE
+        return self.side, self.side
 
     def open(self) -> Image.Image:
         """Paint the scene, `side` x `side` pixels, RGB."""
