@@ -61,9 +61,9 @@ def test_a_file_may_give_whole_mappings(tmp_path):
     tiling = '{tiles: 2, thumbnail: false, tags: "none", max_views: null}'
     file.write_text(f"rows:\n- vision.tiling: {tiling}\n- vision.tiling: null\n")
     first, second = parse_grid(["recipe=yivl_llava", f"grid={file}"]).rows
-    found = load_recipe(first.overrides_for_seed(0)).vision.tiling
+    found = recipes.load_recipe(first.overrides_for_seed(0)).vision.tiling
     assert (found.tiles, found.thumbnail, found.tags, found.max_views) == (2, False, "none", None)
-    assert load_recipe(second.overrides_for_seed(0)).vision.tiling is None
+    assert recipes.load_recipe(second.overrides_for_seed(0)).vision.tiling is None
 
 
 @pytest.mark.parametrize(

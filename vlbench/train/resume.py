@@ -21,7 +21,8 @@ from vlbench.hub_download import fetch_hub_folder
 from vlbench.model import lora_adapters
 from vlbench.model.build_vlm import build_checkpoint_vlm, build_vlm, release_overrides
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.model.vlm import NEWLINE_NAME, VLM
+from vlbench.model.view_tokens import NEWLINE_NAME
+from vlbench.model.vlm import VLM
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import (
     build_released_vlm,
