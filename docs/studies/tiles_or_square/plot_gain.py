@@ -18,6 +18,11 @@ from vlbench.compare.report.svg_figure import SVG_METADATA, plot_style, row_styl
 
 FILE = Path(__file__).with_name("accuracy_by_height.svg")
 KIND = re.compile(r"(?P<family>letters|shapes) (?P<low>\d+)-(?P<high>\d+) px")
+ROWS = {  # name in the report -> what it is
+    "tiling.thumbnail=null": "one square",
+    "tiling.thumbnail=False": "2 x 2 tiles",
+    "tiling.thumbnail=True": "2 x 2 tiles and thumbnail",
+}
 Curves = dict[str, dict[float, list[float]]]
 """Name of a row -> middle of a band of heights in pixels -> accuracy of each seed."""
 
@@ -42,10 +47,11 @@ def draw_curves(families: dict[str, Curves]) -> Figure:
     figure = Figure(figsize=(7.2, 3.2))
     panels = figure.subplots(1, len(families), sharey=True)
     for panel, (family, curves) in zip(panels, sorted(families.items()), strict=True):
-        for number, (row, by_height) in enumerate(sorted(curves.items())):
+        for number, row in enumerate(ROWS):
+            by_height = curves[row]
             style, heights = row_style(number), sorted(by_height)
             means = [fmean(by_height[height]) for height in heights]
-            panel.plot(heights, means, label=row, **style)
+            panel.plot(heights, means, label=ROWS[row], **style)
             for height in heights:
                 seeds = by_height[height]
                 panel.plot([height] * len(seeds), seeds, ".", color=style["color"], alpha=0.5)
