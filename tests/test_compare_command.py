@@ -56,6 +56,16 @@ def test_a_grid_may_be_a_file(tmp_path):
     ]
 
 
+def test_a_file_may_give_whole_mappings(tmp_path):
+    file = tmp_path / "grid.yaml"
+    tiling = '{tiles: 2, thumbnail: false, tags: "none", max_views: null}'
+    file.write_text(f"rows:\n- vision.tiling: {tiling}\n- vision.tiling: null\n")
+    first, second = parse_grid(["recipe=yivl_llava", f"grid={file}"]).rows
+    found = recipes.load_recipe(first.overrides_for_seed(0)).vision.tiling
+    assert (found.tiles, found.thumbnail, found.tags, found.max_views) == (2, False, "none", None)
+    assert recipes.load_recipe(second.overrides_for_seed(0)).vision.tiling is None
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

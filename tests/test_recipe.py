@@ -416,6 +416,18 @@ def test_recipes_differ_in_what_their_papers_say_and_in_nothing_else():
             assert stages == llava_["stages"], (name, size)
 
 
+def test_the_recipe_of_tiles_has_tiles_and_the_image_size_of_llava_next():
+    for size in ("tiny", "6b", "34b"):
+        square = to_plain(load_recipe(["recipe=yivl_llava", f"size={size}"]))
+        tiled = to_plain(load_recipe(["recipe=yivl_llava_tiles", f"size={size}"]))
+        assert tiled["vision"].pop("tiling") and square["vision"].pop("tiling") is None
+        sizes = [stage.pop("image_size") for stage in tiled["stages"].values()]
+        assert sizes == ([56, 112, 112] if size == "tiny" else [224, 336, 336])
+        for stage in square["stages"].values():
+            del stage["image_size"]
+        assert {**tiled, "recipe": square["recipe"]} == square, size
+
+
 def test_a_kind_of_encoder_is_that_of_the_size():
     names = {
         size: load_recipe(["recipe=yivl_eva_tower", f"size={size}"]).vision.name

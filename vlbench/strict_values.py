@@ -7,6 +7,7 @@ true is no 1. What pydantic finds wrong becomes one sentence an error.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Sequence
 from functools import cache
@@ -204,7 +205,16 @@ def yaml_text(value: object) -> str:
         return {True: "true", False: "false", None: "null"}[value]
     if isinstance(value, list | tuple):
         return f"[{','.join(map(yaml_text, value))}]"
+    if isinstance(value, dict):
+        pairs = (f"{key}: {_nested_text(one)}" for key, one in value.items())
+        return f"{{{', '.join(pairs)}}}"
     return str(value)
+
+
+def _nested_text(value: object) -> str:
+    """Return a value inside of a mapping: a text in quotes, as it may have commas."""
+    is_text = isinstance(value, str)
+    return json.dumps(value, ensure_ascii=False) if is_text else yaml_text(value)
 
 
 def format_value(value: object) -> str:

@@ -70,7 +70,7 @@ Prompts = Annotated[tuple[PromptText, ...], Field(min_length=1)]
 class MixtureSource(RecipeSection):
     """One source of a mixture."""
 
-    train: PathText = key("scenes, or data as data.train takes them")
+    train: PathText = key("scenes, large_scenes, or data as data.train takes them")
     images: PathText | None = key("folder of its images; null: data.images", None)
     weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
     sampling: SamplingText = key("all, or the samples used: first:N, end:N, random:N, N%", "all")

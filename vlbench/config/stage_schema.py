@@ -52,7 +52,7 @@ class DataConfig(RecipeSection):
     """Training and held-out data."""
 
     train: PathText | None = key(
-        "scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
+        "scenes, large_scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
     )
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
@@ -68,6 +68,7 @@ class DataConfig(RecipeSection):
     )
     samples: Count = key("scenes: images in an epoch", 10000)
     questions: Count = key("scenes: questions per image, in one conversation", 3)
+    scene_side: int = key("large_scenes: side of the pictures in pixels", 224, ge=112, le=1120)
 
     @property
     def is_given(self) -> bool:

@@ -9,6 +9,7 @@ from vlbench.config.mixture_source import MixtureSource
 from vlbench.config.stage_schema import StageData
 from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.large_scene_dataset import LargeSceneCaptions, LargeSceneConversations
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
@@ -16,7 +17,8 @@ from vlbench.data.shards import SHARD_LIST_FILE, WebDatasetShards, is_tar
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import UserError
 
-SCENES_SOURCE = "scenes"
+SCENES_SOURCE, LARGE_SCENES_SOURCE = "scenes", "large_scenes"
+RENDERED_SOURCES = (SCENES_SOURCE, LARGE_SCENES_SOURCE)
 HELD_OUT_SEED_OFFSET = 1 << 20  # added to the seed of held-out rendered scenes
 
 SourceCache = MutableMapping[tuple[str, str | None, bool], SampleSource]
@@ -83,8 +85,8 @@ def open_source(
     """Open one source from its text; every key of a recipe that names data is opened here.
 
     Args:
-        path: SCENES_SOURCE, or what data.train takes: a file, folder, pattern of shards, URL, data
-            set of the hub, or NAME:FOLDER of a mapping of annotation files.
+        path: One of RENDERED_SOURCES, or what data.train takes: a file, folder, pattern of shards,
+            URL, data set of the hub, or NAME:FOLDER of a mapping of annotation files.
         image_folder: Where the image names of a JSON file are looked up.
         stage_data: Number of samples and questions of rendered scenes; whether images may be
             outside. A caption stage renders scenes with captions.
@@ -92,16 +94,25 @@ def open_source(
         source_cache: Files that are open already; None opens the file anew.
     """
     data = stage_data.config
-    if path == SCENES_SOURCE:
-        image_size = stage_data.stage.image_size
-        if stage_data.stage.sample_format == "caption":
-            return SceneCaptions(seed, data.samples, image_size)
-        return SceneConversations(seed, data.samples, data.questions, image_size)
+    if path in RENDERED_SOURCES:
+        return _open_rendered(path, stage_data, seed)
     source_cache = {} if source_cache is None else source_cache
     key = (path, image_folder, data.allow_outside)
     if key not in source_cache:
         source_cache[key] = WebDatasetShards(path) if _is_shards(path) else ConversationFiles(*key)
     return source_cache[key]
+
+
+def _open_rendered(path: str, stage_data: StageData, seed: int) -> SampleSource:
+    """Open rendered scenes: captions for a caption stage, else conversations."""
+    data, image_size = stage_data.config, stage_data.stage.image_size
+    if stage_data.stage.sample_format == "caption":
+        if path == LARGE_SCENES_SOURCE:
+            return LargeSceneCaptions(seed, data.samples, data.scene_side)
+        return SceneCaptions(seed, data.samples, image_size)
+    if path == LARGE_SCENES_SOURCE:
+        return LargeSceneConversations(seed, data.samples, data.questions, data.scene_side)
+    return SceneConversations(seed, data.samples, data.questions, image_size)
 
 
 def _is_shards(path: str) -> bool:
@@ -131,6 +142,6 @@ def open_held_out(
         except UserError as error:
             lines = [line.removeprefix("data ") for line in error.lines]
             raise UserError(*(f"data.val: {line}" for line in lines)) from error
-    if data.train == SCENES_SOURCE and not data.mix:
-        return open_source(SCENES_SOURCE, None, stage_data, seed, None)
+    if data.train in RENDERED_SOURCES and not data.mix:
+        return open_source(data.train, None, stage_data, seed, None)
     return None

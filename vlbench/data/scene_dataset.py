@@ -38,7 +38,7 @@ class SceneCaptions:
 
     def __getitem__(self, index: int) -> Sample:
         """Make sample `index`; raise IndexError beyond the end."""
-        _check_sample_index(index, self._sample_count)
+        check_sample_index(index, self._sample_count)
         rng = random.Random(f"captions/{self._seed}/{index}")
         language, family = rng.choice(LANGUAGES), draw_family(rng, self._weights)
         has_dot = rng.random() < DOT_SHARE
@@ -65,7 +65,7 @@ class SceneConversations:
 
     def __getitem__(self, index: int) -> Sample:
         """Make sample `index`; raise IndexError beyond the end."""
-        _check_sample_index(index, self._sample_count)
+        check_sample_index(index, self._sample_count)
         rng = random.Random(f"conversations/{self._seed}/{index}")
         language, family = rng.choice(LANGUAGES), draw_family(rng, self._weights)
         has_dot = rng.random() < DOT_SHARE
@@ -79,6 +79,7 @@ class SceneConversations:
         return Sample(f"conversation-{self._seed}-{index}", tuple(turns), pictures, language)
 
 
-def _check_sample_index(index: int, sample_count: int) -> None:
+def check_sample_index(index: int, sample_count: int) -> None:
+    """Raise IndexError beyond the end of a source."""
     if not 0 <= index < sample_count:
         raise IndexError(f"sample {index} of {sample_count}")

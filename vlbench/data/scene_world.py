@@ -76,6 +76,7 @@ class RenderedScene:
     grid: int = QUARTERS  # cells along a side
     corner: tuple[float, float] = (0.0, 0.0)  # x and y where the grid begins, pixels
     extent: float = IMAGE_SIDE  # pixels along a side that the grid covers
+    side: int = IMAGE_SIDE  # pixels, width and height
 
     @property
     def labels(self) -> dict[str, str]:
@@ -96,11 +97,11 @@ class RenderedScene:
 
     def read_size(self, exif: bool) -> tuple[int, int]:
         """Return width and height in pixels."""
-        return IMAGE_SIDE, IMAGE_SIDE
+        return self.side, self.side
 
     def open(self) -> Image.Image:
-        """Paint the scene, 112 x 112 pixels, RGB."""
-        canvas = paint_background(self.corner_colours, IMAGE_SIDE)
+        """Paint the scene, `side` x `side` pixels, RGB."""
+        canvas = paint_background(self.corner_colours, self.side)
         for thing in self.objects:
             paint_shape(canvas, thing.shape, thing.x, thing.y, thing.radius, thing.rotation,
                         thing.painted_colour)  # fmt: skip

@@ -6,12 +6,18 @@ Also the two controls: the same questions with blank images, and with the images
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vlbench.config.stage_schema import DataConfig, StageData
-from vlbench.data.data_sources import SCENES_SOURCE, open_held_out, open_stage_sources
+from vlbench.data.data_sources import (
+    LARGE_SCENES_SOURCE,
+    RENDERED_SOURCES,
+    open_held_out,
+    open_stage_sources,
+)
 from vlbench.data.image_processing import blank_image
+from vlbench.data.large_scene_exam import large_held_out_questions
 from vlbench.data.picture_labels import Evidence
 from vlbench.data.sample import (
     IMAGE_PLACEHOLDER,
@@ -20,7 +26,7 @@ from vlbench.data.sample import (
     SampleSource,
     record_number,
 )
-from vlbench.data.scene_exam import held_out_questions
+from vlbench.data.scene_exam import HeldOutKind, HeldOutSceneQuestion, held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
 
@@ -76,8 +82,8 @@ def final_questions(
     `stage_data` are those of the last stage, and `limit` is `log.questions`.
     """
     data = stage_data.config
-    if data.train == SCENES_SOURCE and not data.mix and not data.val:
-        new, unseen = scene_questions("new"), scene_questions("unseen")
+    if _asks_rendered(data):
+        new, unseen = _rendered_questions(data)
         return "new images", pick_fixed_subset(new, limit), pick_fixed_subset(unseen, limit)
     held_out = open_held_out(stage_data)
     if held_out is not None:
@@ -99,14 +105,31 @@ def count_final_questions(data: DataConfig, limit: int | None) -> int:
 
     `data` are those of the last stage, and `limit` is `log.questions`.
     """
-    if data.train == SCENES_SOURCE and not data.mix and not data.val:
-        count = len(held_out_questions("new"))
+    if _asks_rendered(data):
+        count = len(_rendered_questions(data)[0])
         return min(limit or count, count)
     return limit or MAX_OWN_QUESTIONS
 
 
-def scene_questions(subset: str) -> list[EvalQuestion]:
+def _asks_rendered(data: DataConfig) -> bool:
+    """Tell whether the questions at the end are those about rendered scenes."""
+    return data.train in RENDERED_SOURCES and not data.mix and not data.val
+
+
+def _rendered_questions(data: DataConfig) -> tuple[list[EvalQuestion], list[EvalQuestion]]:
+    """Return the questions about new rendered scenes, and about unseen pairs of attributes."""
+    if data.train == LARGE_SCENES_SOURCE:
+        return _without_answers(large_held_out_questions(data.scene_side)), []
+    return scene_questions("new"), scene_questions("unseen")
+
+
+def scene_questions(subset: HeldOutKind) -> list[EvalQuestion]:
     """Return a held-out set of rendered scenes: "new" images or "unseen" pairs of attributes."""
+    return _without_answers(held_out_questions(subset))
+
+
+def _without_answers(held_out: Iterable[HeldOutSceneQuestion]) -> list[EvalQuestion]:
+    """Return held-out questions about rendered scenes, to be asked."""
     return [
         EvalQuestion(
             _drop_answers(scene.to_sample()),
@@ -117,7 +140,7 @@ def scene_questions(subset: str) -> list[EvalQuestion]:
             family=scene.family,
             evidence=scene.evidence,
         )
-        for scene in held_out_questions(subset)
+        for scene in held_out
     ]
 
 

@@ -11,7 +11,7 @@ from vlbench.command_line.overrides import format_override
 from vlbench.compat.vision_internals import encoder_width
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import StageConfig, StageData
-from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.data.data_sources import RENDERED_SOURCES
 from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
@@ -168,7 +168,7 @@ def training_command(
         format_override("only", last.stage_name),
     ]
     words += [format_override(f"connector.{key}", value) for key, value in connector.items()]
-    if last.config.train != SCENES_SOURCE:
+    if last.config.train not in RENDERED_SOURCES:
         words += ["data.train=FILE.json", "data.images=FOLDER"]
     return shlex.join(["python", "-m", "vlbench", "fit", *words])
 

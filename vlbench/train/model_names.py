@@ -9,7 +9,7 @@ from typing import NamedTuple
 from vlbench.config import recipe as recipes
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig
 from vlbench.config.stage_schema import StageData
-from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.data.data_sources import RENDERED_SOURCES
 from vlbench.train import checkpoint_files
 
 MINIATURE_HINT = (
@@ -69,4 +69,4 @@ def has_foreign_data(model: ModelConfig, stages: Iterable[StageData]) -> bool:
         for config in (stage.config for stage in stages)
         for source in ([part.train for part in config.mix] if config.mix else [config.train])
     ]
-    return any(source not in (None, SCENES_SOURCE) for source in trained_on)
+    return any(source not in (None, *RENDERED_SOURCES) for source in trained_on)

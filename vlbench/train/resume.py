@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vlbench import hub_download
 from vlbench.command_line.overrides import format_override
@@ -26,6 +26,7 @@ from vlbench.model.build_vlm import (
     view_keys,
 )
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.view_tokens import NEWLINE_NAME
 from vlbench.model.vlm import VLM
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
 from vlbench.model.weights.load_release import (
@@ -59,6 +60,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     skip_parts: tuple[str, ...] = (),
     mmap_language: bool = False,
+    adapt_newline: bool = False,
 ) -> LoadedVLM:
     """Return the model in a checkpoint.
 
@@ -69,6 +71,8 @@ def load_checkpoint(
         device: Where the weights are loaded to.
         skip_parts: Parts that keep their fresh weights.
         mmap_language: Whether the weights of the language model stay in their files until used.
+        adapt_newline: Whether the checkpoint may lack the newline of tiled images, or have one for
+            nothing, where `config` has other tags than the run had.
 
     """
     stored_parts = {
@@ -84,7 +88,9 @@ def load_checkpoint(
         )
     if "connector" not in skip_parts:
         vlm.model.set_objective(read_objective(folder))
-    load_checkpoint_weights(folder, vlm.model, dtype, device, skip_parts, mmap_language)
+    load_checkpoint_weights(
+        folder, vlm.model, dtype, device, skip_parts, mmap_language, adapt_newline
+    )
     vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
@@ -162,6 +168,7 @@ def build_from_init(
                 config,
                 skip_parts=("connector",) if is_new_connector else (),
                 mmap_language=mmap_language,
+                adapt_newline=True,
             )
         except WeightMismatch as mismatch:
             raise _explain_mismatch(mismatch, init_config, config) from mismatch
@@ -269,6 +276,7 @@ def load_checkpoint_weights(
     device: torch.device | str = "cpu",
     skip_parts: tuple[str, ...] = (),
     mmap_language: bool = False,
+    adapt_newline: bool = False,
 ) -> None:
     """Load the parts that a checkpoint holds into `vlm`, strictly; move the others only.
 
@@ -278,12 +286,21 @@ def load_checkpoint_weights(
     for part, module in vlm.named_parts():
         if part not in states and part not in skip_parts and _needs_stored_weights(part, module):
             raise WeightMismatch(f"{folder} has no weights of part {part}: its file is not whole")
+        if part == "connector" and part in states and adapt_newline:
+            states[part] = _with_newline_of(module, states[part])
         if part in states and part not in skip_parts:
             load_strict(module, states[part], f"{folder}, part {part}", assign=True)
         if part not in skip_parts:
             lora_adapters.load_adapters(module, folder / ADAPTERS_FOLDER / part)
         move_and_cast(module, None if mmap_language and part == "language" else dtype, device)
     tie_word_embeddings(vlm.language)
+
+
+def _with_newline_of(connector: nn.Module, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return a state with the newline of `connector` where it has none; without, where that has."""
+    own = dict(connector.named_parameters(recurse=False)).get(NEWLINE_NAME)
+    adapted = {name: tensor for name, tensor in state.items() if name != NEWLINE_NAME}
+    return adapted if own is None else {**adapted, NEWLINE_NAME: state.get(NEWLINE_NAME, own.data)}
 
 
 def _read_part_tensors(

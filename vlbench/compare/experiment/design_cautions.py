@@ -15,7 +15,7 @@ from vlbench.compare.report.training_budgets import (
 )
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
-from vlbench.data.data_sources import SCENES_SOURCE
+from vlbench.data.data_sources import RENDERED_SOURCES
 
 UNTUNED_NOTE = (
     "No learning rate was tuned: a rate that suits one connector may cost another several points "
@@ -28,7 +28,7 @@ def describe_seeds(grid: ComparisonGrid) -> str:
     """Return what differs from seed to seed of a row, and what does not."""
     recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
     sources = [stage.data or recipe.data for stage in recipe.stages.values()]
-    is_rendered = any(data.train == SCENES_SOURCE and not data.mix for data in sources)
+    is_rendered = any(data.train in RENDERED_SOURCES and not data.mix for data in sources)
     data = "which scenes are rendered, " if is_rendered else "the order of the samples, "
     same = "" if is_rendered else "the samples themselves, "
     return (
