@@ -30,7 +30,7 @@ from vlbench.model.weights.export_hf_llava import (
 )
 from vlbench.model.weights.hf_llava_next_layout import LAYOUT_NAME, NEWLINE_TENSORS
 
-WANTED_SETTINGS = {"grid": "llava_next", "thumbnail": True, "tags": "newline"}
+WANTED_SETTINGS: dict[str, object] = {"grid": "llava_next", "thumbnail": True, "tags": "newline"}
 """Of `vision.tiling`: what this layout has alone."""
 
 
@@ -73,14 +73,19 @@ def _require_settings(settings: ViewSettings | None) -> ViewSettings:
             "format=hf_llava is the layout without"
         )
     tiling = settings.tiling
-    given = {"grid": tiling.grid, "thumbnail": tiling.thumbnail, "tags": settings.tags}
+    given: dict[str, object] = {
+        "grid": tiling.grid,
+        "thumbnail": tiling.thumbnail,
+        "tags": settings.tags,
+    }
     other = {key: value for key, value in given.items() if value != WANTED_SETTINGS[key]}
-    if other or not tiling.list_grids():
-        told = other or {"tiles": tiling.tiles}
-        wanted = {key: WANTED_SETTINGS[key] for key in other} or {"tiles": "2 or more"}
+    wanted = {key: WANTED_SETTINGS[key] for key in other}
+    if not other and not tiling.list_grids():
+        other, wanted = {"tiles": tiling.tiles}, {"tiles": "2 or more"}
+    if other:
         raise UserError(
             f"{LAYOUT_NAME} has {_format_keys(wanted)} of vision.tiling alone, and this model has "
-            f"{_format_keys(told)}; format=vlbench holds every tiling"
+            f"{_format_keys(other)}; format=vlbench holds every tiling"
         )
     return settings
 

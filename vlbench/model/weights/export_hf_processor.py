@@ -43,7 +43,7 @@ def build_llava_processor(
     )
 
 
-def _build_tokenizer(vlm: LoadedVLM, layout_name: str) -> PreTrainedTokenizerFast:
+def _build_tokenizer(vlm: LoadedVLM, layout_name: str) -> Any:
     """Return transformers' tokenizer with a token for images, after a comparison with ours."""
     folder = vlm.tokenizer.folder
     tokenizer = PreTrainedTokenizerFast.from_pretrained(folder)  # nosec B615: a local folder
