@@ -47,15 +47,11 @@ TILES = ("vision.tiling.tiles=4", "vision.max_visual_tokens=80")
 
 
 def tiled_vlm(tags: str = "newline", connector: str = "llava_mlp") -> LoadedVLM:
-<<<<<<< HEAD
-<<<<<<< HEAD
     vlm = small_vlm(registry.load_connector(connector), SMALL.get(connector), SETTINGS[tags])
-=======
-    vlm = small_vlm(registry.load_connector(connector), None, SETTINGS[tags])
->>>>>>> tiles_export
-=======
-    vlm = small_vlm(registry.load_connector(connector), None, SETTINGS[tags])
->>>>>>> tiles_study
+    vlm.vision.requires_grad_(False)
+    for parameter in vlm.vision.used_parameters():  # DDP waits for a gradient of all others, too
+        parameter.requires_grad_(True)
+    return vlm
     vlm.vision.requires_grad_(False)
     for parameter in vlm.vision.used_parameters():  # DDP waits for a gradient of all others, too
         parameter.requires_grad_(True)
