@@ -52,10 +52,6 @@ def tiled_vlm(tags: str = "newline", connector: str = "llava_mlp") -> LoadedVLM:
     for parameter in vlm.vision.used_parameters():  # DDP waits for a gradient of all others, too
         parameter.requires_grad_(True)
     return vlm
-    vlm.vision.requires_grad_(False)
-    for parameter in vlm.vision.used_parameters():  # DDP waits for a gradient of all others, too
-        parameter.requires_grad_(True)
-    return vlm
 
 
 def tiled_sample(number: int, images: int = 1) -> Sample:
