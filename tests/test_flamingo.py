@@ -22,6 +22,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from vlbench.connector import registry
 from vlbench.connector.base import Shapes
 from vlbench.data.chat_template import CHAT_TEMPLATES
+from vlbench.data.image_processing import ImageTransform
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX
@@ -77,7 +78,7 @@ class Recorded(nn.Module):
     """A vision encoder whose features are its pixels."""
 
     grid, feature_width, has_class_token, image_size, dtype = (2, 3), 16, False, 1, torch.float32
-    transform = None  # no image is opened
+    transform = ImageTransform(4, 4, (0.0,) * 3, (1.0,) * 3)  # no image is opened
     block_index = 0
 
     def blocks(self) -> list[nn.Module]:

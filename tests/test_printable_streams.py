@@ -110,6 +110,7 @@ def test_a_text_for_people_shows_escapes(tmp_path: Path) -> None:
 RAW_JSON = {
     "text_files.py": "format_json itself",
     "errors.py": "a word of a message, which escapes it",
+    "strict_values.py": "a word of a command, which what prints it escapes",
     "evaluate/tasks/answer_files.py": "a word of a message, which escapes it",
     "evaluate/tasks/benchmark_types.py": "a word of a message, which escapes it",
     "evaluate/tasks/answer_formats.py": "looks for halves of surrogate pairs",
