@@ -166,6 +166,7 @@ def test_a_small_limit_of_memory_is_one_line(tmp_path: Path) -> None:
         (MemoryError(), "out of memory"),
         (MemoryError("std::bad_alloc"), "ulimit -v"),
         (RuntimeError("can't start new thread"), "ulimit -u"),
+        (RuntimeError("can't start new thread"), "ulimit -v"),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: 80 bytes"), "out of memory"),
         (ImportError("libx.so: failed to map segment from shared object"), "out of memory"),
         (BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable"), "ulimit -u"),

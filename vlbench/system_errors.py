@@ -18,7 +18,9 @@ FULL_DISK_REASONS = {
 }
 EXHAUSTED_REASONS = {
     errno.ENOMEM: "out of memory: end other programs, or raise the limit (ulimit -v)",
-    errno.EAGAIN: "no more processes or threads may be started (ulimit -u)",
+    # a thread without memory for its stack is refused by the same number
+    errno.EAGAIN: "no more processes or threads may be started (ulimit -u), or memory has no room "
+    "for one (ulimit -v)",
     errno.EMFILE: "too many files are open (ulimit -n)",
     errno.ENFILE: "too many files are open on this machine",
 }
