@@ -14,21 +14,19 @@ from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, SourcePass, SourceSummary
 from vlbench.check.supervision_audit import AuditSample, choose_samples, render_audit
 from vlbench.config.schema import Recipe
-from vlbench.connector.base import Connector
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.conversation_files import ConversationFiles
-from vlbench.data.image_processing import ImageTransform
 from vlbench.data.own_template import bind_template
 from vlbench.data.preflight import PreflightReport
 from vlbench.data.sample import SampleSource
 from vlbench.data.sample_encoding import CachedTokenizer, SampleEncoder
 from vlbench.data.shards import WebDatasetShards
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.data.view_layout import ViewLayout
 from vlbench.errors import escape_to_one_line
 from vlbench.model.build_vlm import read_view_settings
 from vlbench.model.language_model import tokenizer_folder
+from vlbench.model.view_tokens import connector_layout
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import replace_when_written, write_for_people
 from vlbench.train.run_report import describe_template, stage_label
@@ -70,6 +68,7 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     tokenizer = Tokenizer.load(tokenizer_folder(recipe.language.weights))
     template = bind_template(recipe.language.template, tokenizer)
     cached_tokenizer = CachedTokenizer(tokenizer)
+    view_settings = read_view_settings(recipe.vision)
     encoders = [
         SampleEncoder(
             cached_tokenizer,
@@ -77,7 +76,9 @@ def run_check(recipe: Recipe, folder: Path) -> int:
             connector.tokens_per_image,
             recipe.language.max_length,
             stage_run.stage.sample_format,
-            view_layout=_view_layout(recipe, connector, transform),
+            view_layout=connector_layout(
+                connector, view_settings, transform.crop, recipe.model.apply_exif
+            ),
         )
         for stage_run, connector, transform in zip(stage_runs, connectors, transforms, strict=True)
     ]
@@ -110,22 +111,6 @@ def run_check(recipe: Recipe, folder: Path) -> int:
     print(f"\nwrote {folder}: report.txt, findings.jsonl, audit.html (what the model reads)")
     _refuse_bad_data(stage_runs, checks, summaries)
     return 0
-
-
-def _view_layout(
-    recipe: Recipe, connector: Connector, transform: ImageTransform
-) -> ViewLayout | None:
-    """Return the views of images in a stage with that connector; None where images have one."""
-    settings = read_view_settings(recipe.vision)
-    if settings is None:
-        return None
-    return ViewLayout(
-        settings,
-        transform.crop,
-        connector.tokens_per_image,
-        connector.token_grid,
-        recipe.model.apply_exif,
-    )
 
 
 def _check_source(

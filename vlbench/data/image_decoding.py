@@ -10,6 +10,7 @@ import contextlib
 import functools
 from collections.abc import Iterator
 from io import BytesIO
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -17,7 +18,7 @@ from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
 from vlbench.errors import UserError, one_line
 from vlbench.process_settings import ignore_thread_warnings
-from vlbench.regular_files import format_bytes
+from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, format_bytes, open_regular
 from vlbench.text_files import LFS_POINTER
 
 IMAGE_FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "BMP", "TIFF", "PPM", "JPEG2000", "AVIF")
@@ -70,10 +71,26 @@ def _read_orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ExifTags.Base.Orientation, 1))
     except Exception as error:  # a parser of EXIF may raise anything on broken bytes
-        reason = one_line(error, max_lines=1)
-        raise UserError(
-            f"its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
-        ) from error
+        raise UserError(explain_exif_failure(error)) from error
+
+
+def explain_exif_failure(error: Exception) -> str:
+    """Return why an image cannot be turned as its EXIF orientation says, and what helps."""
+    reason = one_line(error, max_lines=1)
+    return f"its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
+
+
+@contextlib.contextmanager
+def open_image_file(path: str | Path) -> Iterator[BinaryIO]:
+    """Open the file of an image, at its beginning; a UserError names one that holds none."""
+    try:
+        file = open_regular(path, MAX_IMAGE_BYTES)
+    except (OSError, ValueError) as error:
+        raise UserError(f"image {path}: {describe_failure(error)}") from None
+    with file:
+        check_beginning(file.read(len(LFS_POINTER)), f"image {path}")
+        file.seek(0)
+        yield file
 
 
 @contextlib.contextmanager
@@ -98,11 +115,12 @@ def open_header(
     raise UserError(f"{name}: {reason}")
 
 
-def refusal_reason(beginning: bytes) -> str:
-    """Return why a file with this beginning is no image, or an empty text."""
+def check_beginning(beginning: bytes, name: str) -> None:
+    """Raise a UserError, which calls the image `name`, where a file so begun holds none."""
     if not beginning:
-        return "is empty (0 bytes)"
-    return LFS_MESSAGE if beginning.startswith(LFS_POINTER) else ""
+        raise UserError(f"{name}: is empty (0 bytes)")
+    if beginning.startswith(LFS_POINTER):
+        raise UserError(f"{name}: {LFS_MESSAGE}")
 
 
 def to_rgb_image(image: Image.Image, name: str) -> Image.Image:

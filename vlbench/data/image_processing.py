@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from vlbench.config.key_types import MAX_IMAGE_SIZE
-from vlbench.data.image_decoding import MAX_PIXELS, decode_rgb, refusal_reason
+from vlbench.data.image_decoding import MAX_PIXELS, check_beginning, decode_rgb, open_image_file
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.image_size import file_image_size, read_image_size
 from vlbench.data.image_tiling import ImageTiling, TiledImage
@@ -29,8 +29,7 @@ from vlbench.data.sample import LazyImage
 from vlbench.data.square_images import crop_strip, pad_square, turn_upright
 from vlbench.data.view_pixels import cut_views
 from vlbench.errors import UserError
-from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular, read_regular
-from vlbench.text_files import LFS_POINTER
+from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, read_regular
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -99,15 +98,7 @@ def open_image(path: str | Path, draft_side: int = 0) -> Image.Image:
     pixels. Raises a UserError that names the file when it is missing, empty, broken, too large,
     no regular file or not an image.
     """
-    try:
-        file = open_regular(path, MAX_IMAGE_BYTES)
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {path}: {describe_failure(error)}") from None
-    with file:
-        refusal = refusal_reason(file.read(len(LFS_POINTER)))
-        if refusal:
-            raise UserError(f"image {path}: {refusal}")
-        file.seek(0)
+    with open_image_file(path) as file:
         return decode_rgb(file, f"image {path}", draft_side)
 
 
@@ -118,9 +109,7 @@ def open_image_bytes(
 
     An image of more than `max_pixels` is refused before it is decoded.
     """
-    refusal = refusal_reason(data)
-    if refusal:
-        raise UserError(f"{name}: {refusal}")
+    check_beginning(data, name)
     return decode_rgb(BytesIO(data), name, draft_side, max_pixels)
 
 

@@ -9,12 +9,10 @@ from pathlib import Path
 
 from PIL import Image
 
-from vlbench.data.image_decoding import read_header_size, refusal_reason
+from vlbench.data.image_decoding import check_beginning, open_image_file, read_header_size
 from vlbench.data.sample import LazyImage
 from vlbench.data.square_images import turn_upright
 from vlbench.errors import UserError
-from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, open_regular
-from vlbench.text_files import LFS_POINTER
 
 HEADER_BYTES = 65536  # of a file, in which the size is found unless a thumbnail comes before it
 
@@ -35,23 +33,13 @@ def read_image_size(image: LazyImage, exif: bool = False) -> tuple[int, int]:
 
 def file_image_size(path: str | Path, exif: bool) -> tuple[int, int]:
     """Return the size of the image in a file; a UserError names one that cannot be read."""
-    try:
-        file = open_regular(path, MAX_IMAGE_BYTES)
-    except (OSError, ValueError) as error:
-        raise UserError(f"image {path}: {describe_failure(error)}") from None
-    with file:
-        refusal = refusal_reason(file.read(len(LFS_POINTER)))
-        if refusal:
-            raise UserError(f"image {path}: {refusal}")
-        file.seek(0)
+    with open_image_file(path) as file:
         return read_header_size(file, f"image {path}", exif)
 
 
 def bytes_image_size(data: bytes, name: str, exif: bool) -> tuple[int, int]:
     """Return the size of the image whose file has these bytes; errors call it `name`."""
-    refusal = refusal_reason(data)
-    if refusal:
-        raise UserError(f"{name}: {refusal}")
+    check_beginning(data, name)
     return read_header_size(BytesIO(data), name, exif)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from PIL import Image, ImageOps
 
-from vlbench.errors import UserError, one_line
+from vlbench.data.image_decoding import explain_exif_failure
+from vlbench.errors import UserError
 
 MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
 
@@ -14,10 +15,7 @@ def turn_upright(image: Image.Image, name: str) -> Image.Image:
     try:
         return ImageOps.exif_transpose(image)
     except Exception as error:  # a parser of EXIF may raise anything on broken bytes
-        reason = one_line(error, max_lines=1)
-        raise UserError(
-            f"image {name}: its EXIF cannot be read ({reason}); data.exif=ignore leaves it alone"
-        ) from error
+        raise UserError(f"image {name}: {explain_exif_failure(error)}") from error
 
 
 def pad_square(image: Image.Image, colour: tuple[int, int, int]) -> Image.Image:

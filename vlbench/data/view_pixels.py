@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from vlbench.data.image_tiling import ImageTiling, TiledImage
+from vlbench.data.image_tiling import Grid, ImageTiling, TiledImage
 
 PADDING_COLOUR = (0, 0, 0)  # of a tile beside the image, as in LLaVA-NeXT
 
@@ -34,25 +34,18 @@ def cut_views(
             target[...] = np.asarray(image.resize((side, side), resample))
             continue
         if canvas is None:
-            canvas = _paint_canvas(image, tiled, tiling, side, resample)
+            size = tiling.content_size(*tiled.size, tiled.grid, side)
+            canvas = _paint_canvas(image.resize(size, resample), tiled.grid, side)
         top, left = view[0] * side, view[1] * side
         target[...] = canvas[top : top + side, left : left + side]
     return pixels
 
 
-def _paint_canvas(
-    image: Image.Image,
-    tiled: TiledImage,
-    tiling: ImageTiling,
-    side: int,
-    resample: Image.Resampling,
-) -> NDArray[np.uint8]:
+def _paint_canvas(content: Image.Image, grid: Grid, side: int) -> NDArray[np.uint8]:
     """Return all tiles side by side, `[rows x side, columns x side, 3]`, with what is padded."""
-    rows, columns = tiled.grid
-    width, height = tiling.content_size(*tiled.size, tiled.grid, side)
-    canvas = np.empty((rows * side, columns * side, 3), np.uint8)
+    canvas = np.empty((grid[0] * side, grid[1] * side, 3), np.uint8)
     canvas[...] = PADDING_COLOUR
+    width, height = content.size
     top, left = (canvas.shape[0] - height) // 2, (canvas.shape[1] - width) // 2
-    resized = np.asarray(image.resize((width, height), resample))
-    canvas[top : top + height, left : left + width] = resized
+    canvas[top : top + height, left : left + width] = np.asarray(content)
     return canvas

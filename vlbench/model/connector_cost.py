@@ -29,6 +29,7 @@ from vlbench.model.language_model import (
     read_language_config,
 )
 from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
+from vlbench.model.view_tokens import connector_layout
 from vlbench.model.vision_encoder import build_vision_encoder
 from vlbench.model.vlm import VLM, connector_shapes
 
@@ -231,11 +232,7 @@ class ConnectorCostCounter:
 
     def _image_cost(self, connector: Connector) -> ImageCost:
         """Return what an image takes at the last stage's image size."""
-        if self.view_settings is None:
-            return _image_cost(connector, None)
-        layout = ViewLayout(
-            self.view_settings, self.side, connector.tokens_per_image, connector.token_grid
-        )
+        layout = connector_layout(connector, self.view_settings, self.side)
         return _image_cost(connector, layout)
 
     def _blank_inputs(self, connector: Connector, views: int = 1) -> tuple[Any, ...]:

@@ -6,10 +6,23 @@ import torch
 from torch import Tensor, nn
 
 from vlbench.connector.base import Connector
+from vlbench.data.view_layout import ViewLayout, ViewSettings
 
 NEWLINE_NAME = "image_newline"
 """A parameter that the model adds to its connector, so that it is trained, saved and sharded as a
 part of it; the name is LLaVA-NeXT's."""
+
+
+def connector_layout(
+    connector: Connector, settings: ViewSettings | None, side: int, exif: bool = False
+) -> ViewLayout | None:
+    """Return the views of images with a connector; None where `settings` are: images have one.
+
+    `side` is that of a view in pixels; with `exif` images are turned as their orientation says.
+    """
+    if settings is None:
+        return None
+    return ViewLayout(settings, side, connector.tokens_per_image, connector.token_grid, exif)
 
 
 def add_newline(connector: Connector, width: int) -> None:

@@ -19,6 +19,28 @@ from vlbench.text_tables import markdown_text
 from vlbench.version import __version__
 
 TRANSFORMERS_LAYOUTS = ("hf_llava", "hf_llava_next", "yi_vl_hf")
+
+
+def _transformers_usage(name: str, class_prefix: str) -> str:
+    """Return how transformers' model of that name answers; its values are filled in later."""
+    return f"""\
+This is transformers' {name}:
+
+    from PIL import Image
+    from transformers import AutoProcessor, {class_prefix}ForConditionalGeneration
+    model = {class_prefix}ForConditionalGeneration.from_pretrained({{to_text}})
+    processor = AutoProcessor.from_pretrained({{to_text}}, backend="pil")
+    content = [{{{{"type": "image"}}}}, {{{{"type": "text", "text": "What is it?"}}}}]
+    prompt = processor.apply_chat_template([{{{{"role": "user", "content": content}}}}])
+    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
+    new = model.generate(
+        **inputs, max_new_tokens=256, stop_strings=["{{stop}}"], tokenizer=processor.tokenizer)
+    print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
+
+`backend="pil"` resizes images as in training; the other backend is up to one grey level off,
+which moves logits in the first decimal."""
+
+
 USAGE_TEXTS = {
     "yi_vl": """\
 This is the layout of the released Yi-VL models: their authors' inference code loads it, and so does
@@ -29,41 +51,11 @@ This is the layout of the released Yi-VL models: their authors' inference code l
     content = [image, {{"type": "text", "text": "What is it?"}}]
     print(vlm.chat([{{"role": "user", "content": content}}]))
 """,
-    "hf_llava": """\
-This is transformers' LLaVA:
-
-    from PIL import Image
-    from transformers import AutoProcessor, LlavaForConditionalGeneration
-    model = LlavaForConditionalGeneration.from_pretrained({to_text})
-    processor = AutoProcessor.from_pretrained({to_text}, backend="pil")
-    content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
-    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
-    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
-    new = model.generate(
-        **inputs, max_new_tokens=256, stop_strings=["{stop}"], tokenizer=processor.tokenizer)
-    print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-
-`backend="pil"` resizes images as in training; the other backend is up to one grey level off,
-which moves logits in the first decimal. Several questions at once: give lists to `images` and
+    "hf_llava": _transformers_usage("LLaVA", "Llava")
+    + """ Several questions at once: give lists to `images` and
 `text`, and `padding=True`; prompts are filled on the left, where answers do not suffer.
 """,
-    "hf_llava_next": """\
-This is transformers' LLaVA-NeXT:
-
-    from PIL import Image
-    from transformers import AutoProcessor, LlavaNextForConditionalGeneration
-    model = LlavaNextForConditionalGeneration.from_pretrained({to_text})
-    processor = AutoProcessor.from_pretrained({to_text}, backend="pil")
-    content = [{{"type": "image"}}, {{"type": "text", "text": "What is it?"}}]
-    prompt = processor.apply_chat_template([{{"role": "user", "content": content}}])
-    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
-    new = model.generate(
-        **inputs, max_new_tokens=256, stop_strings=["{stop}"], tokenizer=processor.tokenizer)
-    print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
-
-`backend="pil"` resizes images as in training; the other backend is up to one grey level off,
-which moves logits in the first decimal.
-""",
+    "hf_llava_next": _transformers_usage("LLaVA-NeXT", "LlavaNext") + "\n",
     "yi_vl_hf": """\
 This is Yi-VL as LLaMA-Factory takes it, transformers' LLaVA with LayerNorms in its projector:
 
