@@ -52,6 +52,9 @@ class ReleaseOverrides:
     """None: each image is one view."""
 
 
+AS_RELEASED = ReleaseOverrides()
+
+
 def is_release(folder: Path) -> bool:
     """Tell whether a folder holds a released model, or the small files of one."""
     file = folder / "config.json"
@@ -76,7 +79,7 @@ def load_release(
     folder: Path,
     dtype: torch.dtype | None,
     device: torch.device | str = "cpu",
-    overrides: ReleaseOverrides = ReleaseOverrides(),
+    overrides: ReleaseOverrides = AS_RELEASED,
     mmap_language: bool = False,
 ) -> LoadedVLM:
     """Return the model in a released folder.
@@ -106,7 +109,7 @@ def load_release(
     return vlm
 
 
-def check_release(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> None:
+def check_release(folder: Path, overrides: ReleaseOverrides = AS_RELEASED) -> None:
     """Compare names and shapes of a folder's weights with what its small files describe.
 
     No values are read.
@@ -122,7 +125,7 @@ def check_release(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()
     )
 
 
-def build_released_vlm(folder: Path, overrides: ReleaseOverrides = ReleaseOverrides()) -> LoadedVLM:
+def build_released_vlm(folder: Path, overrides: ReleaseOverrides = AS_RELEASED) -> LoadedVLM:
     """Build the model that small files describe; encoder and language model are on `meta`."""
     layout = find_layout_module(folder)
     spec: ReleaseSpec = layout.read_release_spec(folder)
