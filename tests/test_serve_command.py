@@ -51,6 +51,9 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
         port = taken.getsockname()[1]
         assert f"port {port} (Address already in use)" in one_line(capsys, MODEL, f"port={port}")
     free = "port=0"
+    for host in ("http://127.0.0.1", "127.0.0.1:9000", "[::1]:80", "localhost/"):
+        line = one_line(capsys, MODEL, f"host={host}", "api_key=k")
+        assert f"host is '{host}'; write the address alone" in line
     assert "set a key in the environment" in one_line(capsys, MODEL, free, "host=0.0.0.0")
     elsewhere = one_line(capsys, MODEL, free, "host=192.0.2.1", "api_key=k")  # nobody's address
     assert "cannot listen on 192.0.2.1, port 0 (Cannot assign" in elsewhere
@@ -65,6 +68,9 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
         assert f"names '{word}'; write HOST or" in one_line(capsys, MODEL, f"allow_urls={word}")
     for word in ("https://a.example", "a.example:443"):
         assert f"names '{word}'; write HOST," in one_line(capsys, MODEL, f"allow_hosts={word}")
+    votes = tmp_path / "votes.jsonl"
+    assert "has nothing to vote on" in one_line(capsys, MODEL, free, f"votes={votes}")
+    assert not votes.exists()
     monkeypatch.setattr(serve_command, "find_spec", lambda name: None)
     line = one_line(capsys, MODEL, free)
     assert line.endswith("pip install 'vlbench[serve]'") and "fastapi and uvicorn" in line
@@ -111,12 +117,36 @@ def test_the_port_is_open_when_the_first_lines_are_printed(monkeypatch, capsys):
 
     monkeypatch.setattr(serve_command, "load_served_model", lambda name, *_: fake_model(name))
     monkeypatch.setattr(ApiServer, "run", connect)
-    assert main(["serve", "model=a", "port=0"]) == 0
+    assert main(["serve", MODEL, "port=0"]) == 0
 
 
-def test_names_of_models_are_unique():
+def test_all_models_are_looked_for_before_the_first_is_loaded(monkeypatch, capsys, tmp_path):
+    def load(*_: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(serve_command, "load_served_model", load)
+    missing = f"{MODEL},{tmp_path / 'missing'}"
+    assert "missing" in one_line(capsys, missing, "port=0")
+    assert "loaded" not in capsys.readouterr().err
+
+
+def test_a_path_may_have_commas(tmp_path):
+    folder = tmp_path / "layers=[1,2]"
+    folder.mkdir()
+    assert serve_command.split_paths(f" {folder}") == [str(folder)]
+    assert serve_command.split_paths("a, b,") == ["a", "b"]
+
+
+def test_names_of_models_are_unique(tmp_path, monkeypatch):
     assert choose_model_names(["runs/a", "b/"]) == ["a", "b"]
-    assert choose_model_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
+    assert choose_model_names(["x/a", "y/a", "z/b"]) == ["x/a", "y/a", "b"]
+    assert choose_model_names(["x/y/a/seed0", "x/y/b/seed0"]) == ["a/seed0", "b/seed0"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert choose_model_names([".", "..", "../../other/"]) == ["checkpoints", "run", "other"]
+    for same in (".", "../checkpoints", str(tmp_path / "run" / "checkpoints")):
+        with pytest.raises(UserError, match="twice; a model is served once"):
+            choose_model_names([".", same])
     with pytest.raises(UserError, match="a is served once|names a twice"):
         choose_model_names(["a", "a"])
     with pytest.raises(UserError, match="a/ twice|a twice"):
