@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -13,6 +16,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import openai
 import pytest
@@ -32,6 +36,8 @@ from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.http_server import ApiServer, bind_socket
 from vlbench.serve.api.served_model import ServedModel, choose_model_names
 from vlbench.serve.generation_engine import GenerationEngine
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import show_results
 
 ROOT = Path(__file__).parents[1]
 MODEL = f"model={CHECKPOINT}"
@@ -230,7 +236,7 @@ class Server:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.errors = (folder / "errors.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlbench", "serve", MODEL, "port=0", *words],
+            [sys.executable, "-m", "vlbench", "serve", *words, "port=0"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -254,8 +260,8 @@ class Server:
 def serve(tmp_path: Path) -> Iterator[Any]:
     servers: list[Server] = []
 
-    def start(*words: str) -> Server:
-        servers.append(Server(tmp_path, *words))
+    def start(*words: str, model: str = MODEL) -> Server:
+        servers.append(Server(tmp_path, model, *words))
         return servers[-1]
 
     yield start
@@ -305,6 +311,21 @@ def test_a_second_signal_ends_the_process_at_once(serve):
         time.sleep(0.2)
     assert server.process.wait(30) in (0, 130)
     assert "Traceback" not in server.told()
+
+
+@pytest.mark.slow
+def test_the_command_at_the_end_of_fit_leads_to_the_page(serve, tmp_path, capsys):
+    run = tmp_path / "a run"
+    shutil.copytree(CHECKPOINT, run)
+    (run / "results.json").write_text(json.dumps({"accuracy": 0.5, "questions": 2}))
+    assert show_results(RunFolder(run)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " serve " in line)
+    *program, model = shlex.split(line, comments=True)
+    assert program == ["python", "-m", "vlbench", "serve"]
+    port = serve(model=model).port
+    page = urlopen(f"http://127.0.0.1:{port}/", timeout=20).read()
+    assert b"<title>vlbench</title>" in page
+    assert [one.id for one in client_of(port).models.list()] == ["a run"]
 
 
 KILLED_CLIENT = """
