@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import openai
 import pytest
@@ -24,7 +23,7 @@ from api_server import running_server
 from fake_engine import fake_model
 from golden_release import CHECKPOINT
 from test_serve_api import client_of, says
-from test_serve_hostile import chat, post
+from test_serve_hostile import chat, exchange, head, post
 
 import vlbench
 from vlbench.__main__ import main
@@ -323,8 +322,8 @@ def test_the_command_at_the_end_of_fit_leads_to_the_page(serve, tmp_path, capsys
     *program, model = shlex.split(line, comments=True)
     assert program == ["python", "-m", "vlbench", "serve"]
     port = serve(model=model).port
-    page = urlopen(f"http://127.0.0.1:{port}/", timeout=20).read()
-    assert b"<title>vlbench</title>" in page
+    status, page = exchange(port, head("GET", "/"))
+    assert status == 200 and b"<title>vlbench</title>" in page
     assert [one.id for one in client_of(port).models.list()] == ["a run"]
 
 
