@@ -326,3 +326,16 @@ def test_an_export_never_writes_into_what_it_was_read_from(tmp_path, monkeypatch
         assert (tmp_path / to / "vit/encoder/model.safetensors").is_file()
         assert torch.equal(logits(tmp_path / to), logits(tmp_path / origin))
     assert sorted((tmp_path / "shared").rglob("*")) == before
+
+
+def test_a_run_that_is_missing_or_has_no_checkpoint_is_told_with_what_is_near(tmp_path):
+    runs = tmp_path / "runs"
+    (runs / "llava" / "checkpoints").mkdir(parents=True)
+    for path, words in (
+        (runs / "llava", "is a run without a checkpoint"),
+        (runs / "lava", "Did you mean 'llava'?"),
+        (runs, "there are in it: llava"),
+    ):
+        with pytest.raises(UserError) as caught:
+            vlbench.load(path)
+        assert words in str(caught.value)

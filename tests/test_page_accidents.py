@@ -6,14 +6,16 @@ from __future__ import annotations
 
 import json
 
+import pytest
 from page_driver import (
     add_picture,
     ask,
     picture_bytes,
+    scrolls_sideways,
     transfer_with,
     wait_for_answers,
 )
-from page_server import images_of, models, votes
+from page_server import images_of, models, scripted_models, serve_page, votes
 from test_page import arena, browser, chat, open_page, playwright, pytestmark
 
 __all__ = ["arena", "browser", "chat", "models", "open_page", "pytestmark", "votes"]
@@ -156,3 +158,25 @@ def test_a_blind_answer_stays_blind_after_a_reload(open_page, arena, votes):
     page.reload()
     page.wait_for_selector(".turn")
     assert "alpha" in page.locator(".answer h3").all_inner_texts()
+
+
+def test_long_names_long_questions_and_tall_pictures_leave_room_for_answers(open_page):
+    long_name = "connector.name=qformer_connector.queries=16/seed0"
+    with serve_page(scripted_models({long_name: "llava_mlp", "beta": "qformer"})) as address:
+        page = open_page(address, width=400)
+        box = page.locator(".intro .box")
+        assert box.evaluate("(e) => e.scrollWidth <= e.clientWidth")  # no name is cut off
+        for _ in range(5):
+            add_picture(page, picture_bytes(40, 160))
+        ask(page, "long" * 2000)
+        wait_for_answers(page, 2)
+        assert page.locator(".picture").count() == 5
+        assert page.locator(".asked").bounding_box()["height"] < 700  # of a window of 800
+        picture = page.locator(".picture").first.bounding_box()
+        assert picture["width"] / picture["height"] == pytest.approx(0.25, rel=0.1)
+        page.click(".answer >> nth=1 >> text=Heat map")
+        page.wait_for_selector(".heat canvas")
+        heat = page.locator(".heat").bounding_box()
+        assert heat["height"] < 400
+        assert heat["width"] / heat["height"] == pytest.approx(0.25, rel=0.05)
+        assert not scrolls_sideways(page)

@@ -180,7 +180,7 @@ def test_a_heat_map_over_the_api(served):
     assert sum(map(sum, answer["rows"])) == pytest.approx(1)
     for change, told in (
         ({"model": "gamma"}, "no model 'gamma'"),
-        ({"image": 1}, "has 1 pictures, counted from 0"),
+        ({"image": 1}, "has 1 picture, counted from 0"),
         ({"answer": ""}, "answer"),
         ({"messages": [{"role": "user", "content": "no picture"}]}, "has 0 pictures"),
     ):

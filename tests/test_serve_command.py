@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
+import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -20,7 +23,7 @@ from api_server import running_server
 from fake_engine import fake_model
 from golden_release import CHECKPOINT
 from test_serve_api import client_of, says
-from test_serve_hostile import chat, post
+from test_serve_hostile import chat, exchange, head, post
 
 import vlbench
 from vlbench.__main__ import main
@@ -32,6 +35,8 @@ from vlbench.serve.api.api_settings import ApiSettings
 from vlbench.serve.api.http_server import ApiServer, bind_socket
 from vlbench.serve.api.served_model import ServedModel, choose_model_names
 from vlbench.serve.generation_engine import GenerationEngine
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.run_report import show_results
 
 ROOT = Path(__file__).parents[1]
 MODEL = f"model={CHECKPOINT}"
@@ -51,6 +56,9 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
         port = taken.getsockname()[1]
         assert f"port {port} (Address already in use)" in one_line(capsys, MODEL, f"port={port}")
     free = "port=0"
+    for host in ("http://127.0.0.1", "127.0.0.1:9000", "[::1]:80", "localhost/"):
+        line = one_line(capsys, MODEL, f"host={host}", "api_key=k")
+        assert f"host is '{host}'; write the address alone" in line
     assert "set a key in the environment" in one_line(capsys, MODEL, free, "host=0.0.0.0")
     elsewhere = one_line(capsys, MODEL, free, "host=192.0.2.1", "api_key=k")  # nobody's address
     assert "cannot listen on 192.0.2.1, port 0 (Cannot assign" in elsewhere
@@ -65,6 +73,9 @@ def test_a_mistake_is_one_line(capsys, monkeypatch, tmp_path):
         assert f"names '{word}'; write HOST or" in one_line(capsys, MODEL, f"allow_urls={word}")
     for word in ("https://a.example", "a.example:443"):
         assert f"names '{word}'; write HOST," in one_line(capsys, MODEL, f"allow_hosts={word}")
+    votes = tmp_path / "votes.jsonl"
+    assert "has nothing to vote on" in one_line(capsys, MODEL, free, f"votes={votes}")
+    assert not votes.exists()
     monkeypatch.setattr(serve_command, "find_spec", lambda name: None)
     line = one_line(capsys, MODEL, free)
     assert line.endswith("pip install 'vlbench[serve]'") and "fastapi and uvicorn" in line
@@ -111,12 +122,36 @@ def test_the_port_is_open_when_the_first_lines_are_printed(monkeypatch, capsys):
 
     monkeypatch.setattr(serve_command, "load_served_model", lambda name, *_: fake_model(name))
     monkeypatch.setattr(ApiServer, "run", connect)
-    assert main(["serve", "model=a", "port=0"]) == 0
+    assert main(["serve", MODEL, "port=0"]) == 0
 
 
-def test_names_of_models_are_unique():
+def test_all_models_are_looked_for_before_the_first_is_loaded(monkeypatch, capsys, tmp_path):
+    def load(*_: Any) -> None:
+        raise AssertionError("loaded")
+
+    monkeypatch.setattr(serve_command, "load_served_model", load)
+    missing = f"{MODEL},{tmp_path / 'missing'}"
+    assert "missing" in one_line(capsys, missing, "port=0")
+    assert "loaded" not in capsys.readouterr().err
+
+
+def test_a_path_may_have_commas(tmp_path):
+    folder = tmp_path / "layers=[1,2]"
+    folder.mkdir()
+    assert serve_command.split_paths(f" {folder}") == [str(folder)]
+    assert serve_command.split_paths("a, b,") == ["a", "b"]
+
+
+def test_names_of_models_are_unique(tmp_path, monkeypatch):
     assert choose_model_names(["runs/a", "b/"]) == ["a", "b"]
-    assert choose_model_names(["x/a", "y/a", "b"]) == ["x/a", "y/a", "b"]
+    assert choose_model_names(["x/a", "y/a", "z/b"]) == ["x/a", "y/a", "b"]
+    assert choose_model_names(["x/y/a/seed0", "x/y/b/seed0"]) == ["a/seed0", "b/seed0"]
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "run" / "checkpoints")
+    assert choose_model_names([".", "..", "../../other/"]) == ["checkpoints", "run", "other"]
+    for same in (".", "../checkpoints", str(tmp_path / "run" / "checkpoints")):
+        with pytest.raises(UserError, match="twice; a model is served once"):
+            choose_model_names([".", same])
     with pytest.raises(UserError, match="a is served once|names a twice"):
         choose_model_names(["a", "a"])
     with pytest.raises(UserError, match="a/ twice|a twice"):
@@ -200,7 +235,7 @@ class Server:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         self.errors = (folder / "errors.txt").open("w+")
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "vlbench", "serve", MODEL, "port=0", *words],
+            [sys.executable, "-m", "vlbench", "serve", *words, "port=0"],
             env=environment,
             stdout=subprocess.PIPE,
             stderr=self.errors,
@@ -224,8 +259,8 @@ class Server:
 def serve(tmp_path: Path) -> Iterator[Any]:
     servers: list[Server] = []
 
-    def start(*words: str) -> Server:
-        servers.append(Server(tmp_path, *words))
+    def start(*words: str, model: str = MODEL) -> Server:
+        servers.append(Server(tmp_path, model, *words))
         return servers[-1]
 
     yield start
@@ -275,6 +310,21 @@ def test_a_second_signal_ends_the_process_at_once(serve):
         time.sleep(0.2)
     assert server.process.wait(30) in (0, 130)
     assert "Traceback" not in server.told()
+
+
+@pytest.mark.slow
+def test_the_command_at_the_end_of_fit_leads_to_the_page(serve, tmp_path, capsys):
+    run = tmp_path / "a run"
+    shutil.copytree(CHECKPOINT, run)
+    (run / "results.json").write_text(json.dumps({"accuracy": 0.5, "questions": 2}))
+    assert show_results(RunFolder(run)) == 0
+    (line,) = (line for line in capsys.readouterr().out.splitlines() if " serve " in line)
+    *program, model = shlex.split(line, comments=True)
+    assert program == ["python", "-m", "vlbench", "serve"]
+    port = serve(model=model).port
+    status, page = exchange(port, head("GET", "/"))
+    assert status == 200 and b"<title>vlbench</title>" in page
+    assert [one.id for one in client_of(port).models.list()] == ["a run"]
 
 
 KILLED_CLIENT = """

@@ -10,7 +10,7 @@ import errno
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from vlbench.errors import UserError, one_line
+from vlbench.errors import UserError, one_line, suggest_name
 
 WEIGHTS_CONTENTS = "model*.safetensors or pytorch_model*.bin"
 RELEASE_CONTENTS = (
@@ -67,7 +67,8 @@ def fetch_hub_folder(
         return Path(source)
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "~")):
         raise UserError(
-            f"{key} is '{source}', which is no {expected_kinds} and no hub id (OWNER/NAME)"
+            f"{key} is '{source}', which is no {expected_kinds} and no hub id (OWNER/NAME)."
+            f"{_suggest_folder(Path(source))}"
         )
     from huggingface_hub import constants, snapshot_download
 
@@ -90,8 +91,17 @@ def fetch_hub_folder(
             f"{key} is '{source}': no such {expected_kinds} here, and the hub cannot give it "
             f"({explain_hub_error(error, source)}). "
             f"Wanted are {expected_files}; looked for in {Path(source).absolute()} and in "
-            f"{constants.HF_HUB_CACHE}"
+            f"{constants.HF_HUB_CACHE}.{_suggest_folder(Path(source))}"
         ) from error
+
+
+def _suggest_folder(missing: Path) -> str:
+    """Return " Did you mean 'x'?" for the folder that is called most like one that is missing."""
+    try:
+        names = [child.name for child in missing.parent.iterdir() if child.is_dir()]
+    except OSError:  # its parent is missing too, or may not be read
+        return ""
+    return suggest_name(missing.name, names)
 
 
 def fetch_hub_file(repo_id: str, filenames: tuple[str, ...], key: str) -> Path:

@@ -34,9 +34,8 @@ def compute_heat_map(
     """
     sample = sample_from_messages(messages)
     if not 0 <= image < len(sample.images):
-        raise UserError(
-            f"image={image}: the conversation has {len(sample.images)} pictures, counted from 0"
-        )
+        count = f"{len(sample.images)} picture{'' if len(sample.images) == 1 else 's'}"
+        raise UserError(f"image={image}: the conversation has {count}, counted from 0")
     processor = vlm.processor
     batch = answered_batch(processor, sample, answer)
     if batch is None:

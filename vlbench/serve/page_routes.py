@@ -103,7 +103,7 @@ def describe_for_page(vlm: LoadedVLM) -> dict[str, Any]:
     }
 
 
-@router.get("/config")
+@router.api_route("/config", methods=["GET", "HEAD"])
 async def show_config(request: Request) -> dict[str, Any]:
     """Return what is known of each model, and whether votes are kept."""
     page = _page_state(request)

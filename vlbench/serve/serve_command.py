@@ -6,6 +6,7 @@ import os
 import re
 import shlex
 import time
+from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,7 @@ from vlbench.text_files import format_json
 if TYPE_CHECKING:
     from vlbench.serve.api.api_settings import ApiSettings
     from vlbench.serve.api.served_model import ServedModel
+    from vlbench.serve.vote_file import VoteFile
 
 KEY_VARIABLE = "VLBENCH_API_KEY"
 EXTRA_PACKAGES = ("fastapi", "uvicorn")
@@ -30,19 +32,21 @@ def run_serve(arguments: ServeArguments) -> int:
     if missing:
         packages = " and ".join(missing)
         raise UserError(f"serve needs {packages}, which are not here: pip install 'vlbench[serve]'")
+    from vlbench.load_model import find_model_folder
     from vlbench.serve.api.app import create_app
     from vlbench.serve.api.http_server import ApiServer, bind_socket
     from vlbench.serve.api.served_model import choose_model_names
-    from vlbench.serve.vote_file import VoteFile
 
     settings = read_settings(arguments)
-    paths = [os.path.expanduser(path) for path in split_list(arguments.model)]
+    paths = split_paths(arguments.model)
     if not paths:
         raise UserError("model names no model; write model=PATH or model=PATH,PATH")
     names = choose_model_names(paths)
-    votes = VoteFile(Path(arguments.votes).expanduser(), names) if arguments.votes else None
+    votes = _open_votes(arguments.votes, names) if arguments.votes else None
     listener = bind_socket(settings.host, arguments.port)  # before models, which take minutes
     try:
+        for path in paths:  # likewise: the last may be misspelt
+            find_model_folder(path, "model")
         models = [
             load_served_model(name, path, arguments)
             for name, path in zip(names, paths, strict=True)
@@ -60,10 +64,23 @@ def run_serve(arguments: ServeArguments) -> int:
         listener.close()
 
 
+def _open_votes(file: str, names: Sequence[str]) -> VoteFile:
+    """Return the file of votes on these models; a UserError where there is nothing to vote on."""
+    from vlbench.serve.vote_file import VoteFile
+
+    if len(names) < 2:
+        raise UserError(
+            f"votes={file} has nothing to vote on: answers of several models are compared; write "
+            "model=PATH,PATH"
+        )
+    return VoteFile(Path(file).expanduser(), names)
+
+
 def read_settings(arguments: ServeArguments) -> ApiSettings:
     """Return the settings of the words; a UserError where others could reach it without a key."""
     from vlbench.serve.api.api_settings import ApiSettings, is_loopback_host
 
+    _check_host(arguments.host)
     key = arguments.api_key or os.environ.get(KEY_VARIABLE) or None
     if key is not None and not (key.isascii() and key.isprintable() and " " not in key):
         raise UserError("the API key has characters that no header holds; take letters and digits")
@@ -83,6 +100,13 @@ def read_settings(arguments: ServeArguments) -> ApiSettings:
     )
 
 
+def _check_host(host: str) -> None:
+    """Raise a UserError for a URL, or an address with a port, in the place of an address."""
+    with_port = HOST_AND_PORT.fullmatch(host)
+    if "/" in host or (with_port and with_port[2]):
+        raise UserError(f"host is '{host}'; write the address alone, and the port as port=N")
+
+
 def _read_hosts(key: str, text: str | None, pattern: re.Pattern[str]) -> tuple[str, ...]:
     """Return the hosts of a key; a UserError names one that no request could be of."""
     hosts = split_list(text)
@@ -96,6 +120,14 @@ def _read_hosts(key: str, text: str | None, pattern: re.Pattern[str]) -> tuple[s
 def split_list(text: str | None) -> tuple[str, ...]:
     """Return the items of `a,b`."""
     return tuple(item.strip() for item in (text or "").split(",") if item.strip())
+
+
+def split_paths(text: str) -> list[str]:
+    """Return the paths of `a,b`; a folder whose own name has commas is one."""
+    whole = os.path.expanduser(text.strip())
+    if os.path.isdir(whole):
+        return [whole]
+    return [os.path.expanduser(path) for path in split_list(text)]
 
 
 def load_served_model(name: str, path: str, arguments: ServeArguments) -> ServedModel:

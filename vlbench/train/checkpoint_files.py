@@ -333,7 +333,10 @@ def find_checkpoint(path: Path) -> Path:
         return path
     positions = list_positions(path / "checkpoints")
     if not positions:
-        raise UserError(f"{path} is neither a run folder with checkpoints nor a checkpoint")
+        raise UserError(
+            f"{path} is a run without a checkpoint: its training has just begun, or was stopped "
+            "before it wrote the first one"
+        )
     return path / "checkpoints" / positions[-1].folder_name
 
 

@@ -51,6 +51,7 @@ from vlbench.train.checkpoint_files import ADAPTERS_FOLDER, RELEASE_FOLDER
 
 FLOAT32 = torch.float32
 ACCEPTED_SOURCES = "run folder, checkpoint or released model"
+SHOWN_MODELS = 5  # of a folder that holds models and is none
 
 
 def load_checkpoint(
@@ -264,9 +265,18 @@ def find_released_model(
     if not is_released_model:
         raise UserError(
             f"{key} is '{source}', which is no run or checkpoint, and no released model: wanted is "
-            "config.json of Yi-VL's layout or of Hugging Face's LLaVA"
+            f"config.json of Yi-VL's layout or of Hugging Face's LLaVA{_name_models_inside(folder)}"
         )
     return folder
+
+
+def _name_models_inside(folder: Path) -> str:
+    """Return a hint at the runs or checkpoints of a folder that is none itself, "" without any."""
+    names = sorted(
+        child.name for child in folder.iterdir() if checkpoint_files.is_run_or_checkpoint(child)
+    )
+    more = f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else ""
+    return f"; there are in it: {', '.join(names[:SHOWN_MODELS])}{more}" if names else ""
 
 
 def load_checkpoint_weights(

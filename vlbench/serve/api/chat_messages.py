@@ -53,7 +53,9 @@ def _build_message(message: Any, place: str, images: RequestImages) -> ChatMessa
 
 def _build_part(part: Any, place: str, images: RequestImages) -> dict[str, Any]:
     """Return a part of a message: a text, or an image."""
-    kind = part.get("type") if isinstance(part, dict) else None
+    if not isinstance(part, dict):
+        raise _message_error(place, f"is {describe_json_type(part)}; wanted is an object")
+    kind = part.get("type")
     if kind == "text":
         _refuse_other_fields(part, place, ("type", "text"))
         text = part.get("text")
@@ -66,7 +68,7 @@ def _build_part(part: Any, place: str, images: RequestImages) -> dict[str, Any]:
         _refuse_other_fields(part, place, ("type", "image_url"))
         url = _image_url(part.get("image_url"), f"{place}.image_url")
         return {"type": "image", "image": images.open(url, f"{place}.image_url")}
-    given = describe_json_type(kind if isinstance(part, dict) else part)
+    given = describe_json_type(kind)
     raise _message_error(f"{place}.type", f"is {given}; allowed are text and image_url")
 
 

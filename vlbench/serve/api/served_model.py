@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePath
@@ -85,12 +86,16 @@ class ServedModel:
 def choose_model_names(paths: Sequence[str]) -> list[str]:
     """Return a name for each model: the last part of its path, and more where that is not unique.
 
-    Raises a UserError for a path that is given twice, however its slashes are written.
+    `.` and `..` are the folders that they stand for. Raises a UserError for a path that is given
+    twice, however it is written.
     """
-    parts = [PurePath(path).parts for path in paths]
-    for count in range(1, max(map(len, parts)) + 1):
-        names = ["/".join(part.strip("/") for part in one[-count:]) for one in parts]
-        if len(set(names)) == len(names):
-            return names
-    repeated = next(path for path, one in zip(paths, parts, strict=True) if parts.count(one) > 1)
-    raise UserError(f"model names {repeated} twice; a model is served once")
+    parts = [PurePath(os.path.abspath(path)).parts for path in paths]
+    names = []
+    for path, one in zip(paths, parts, strict=True):
+        endings = [one[-count:] for count in range(1, len(one) + 1)]
+        unique = (end for end in endings if sum(other[-len(end) :] == end for other in parts) == 1)
+        ending = next(unique, None)
+        if ending is None:
+            raise UserError(f"model names {path} twice; a model is served once")
+        names.append("/".join(part.strip("/") for part in ending))
+    return names

@@ -12,7 +12,7 @@ export function createHeatMap(picture, { rows, box }) {
   image.src = picture.url;
   image.alt = "";
   const frame = create("div", "heat", image, drawPatches(rows, box));
-  frame.style.aspectRatio = `${picture.width} / ${picture.height}`;
+  frame.style.setProperty("--ratio", picture.width / picture.height);
   frame.setAttribute("role", "img");
   name(frame, "heatMapOf", { name: picture.name });
   return create("figure", "heat-map", frame, say(create("figcaption"), "heatMapCaption"));

@@ -52,7 +52,7 @@ export class TurnView {
 
   createPictures() {
     return this.pictures.map((picture, index) => {
-      const image = create("img", "picture");
+      const image = create("img", picture.height > picture.width ? "picture tall" : "picture");
       image.src = picture.url;
       const values = { number: index + 1, name: picture.name };
       image.alt = "";
