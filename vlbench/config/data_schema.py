@@ -17,10 +17,9 @@ from __future__ import annotations
 
 import math
 import re
-from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import AfterValidator
 
@@ -37,8 +36,7 @@ MIXTURE_LINE = re.compile(r"^(sources|datasets)\s*:", re.MULTILINE)
 """What a mixture has, and no mapping of annotation files."""
 
 
-@dataclass(frozen=True)
-class SourceSampling:
+class SourceSampling(NamedTuple):
     """The part of a source that is used, in LLaVA-OneVision's words."""
 
     order: str
@@ -86,7 +84,7 @@ def check_prompt(prompt: str) -> str:
 
 
 SamplingText = Annotated[str, AfterValidator(check_sampling)]
-PromptText = Annotated[str, AfterValidator(check_prompt)]
+Prompts = NonEmpty[Annotated[str, AfterValidator(check_prompt)]]
 
 
 class MixtureSource(RecipeSection):
@@ -97,9 +95,7 @@ class MixtureSource(RecipeSection):
     weight: float = key("how often an epoch takes each sample", 1.0, gt=0)
     sampling: SamplingText = key("all, or the samples used: first:N, end:N, random:N, N%", "all")
     cap: Count | None = key("most of its samples in an epoch, always the same; null: all", None)
-    prompts: NonEmpty[PromptText] | None = key(
-        "drawn from instead of the question of a sample", None
-    )
+    prompts: Prompts | None = key("drawn from instead of the question of a sample", None)
     needs: str | None = key("what it needs on disk, which is said where it is missing", None)
 
 
@@ -145,8 +141,10 @@ class MixtureFile(RecipeSection):
 class OneVisionSource(RecipeSection):
     """An entry of LLaVA-OneVision's list."""
 
-    json_path: PathText = key("the file")
-    sampling_strategy: SamplingText = key("all, first:N, end:N, random:N, N%", "all")
+    train: PathText = key("the file", alias="json_path")
+    sampling: SamplingText = key(
+        "all, first:N, end:N, random:N, N%", "all", alias="sampling_strategy"
+    )
 
 
 class OneVisionFile(RecipeSection):
@@ -165,8 +163,7 @@ def read_mixture(name: str, recipe_key: str = "data.mix") -> list[MixtureSource]
     tree = read_yaml(file)
     if "datasets" in tree:
         theirs = check_file_keys(OneVisionFile, tree, file, "a mixture").datasets
-        pairs = [(one.json_path, one.sampling_strategy) for one in theirs]
-        return [MixtureSource(train=path, sampling=sampling) for path, sampling in pairs]
+        return [MixtureSource(**dict(one)) for one in theirs]
     if not tree.keys() & MixtureFile.model_fields.keys():
         raise UserError(
             f"{file}: is no mixture, its keys are {', '.join(tree) or 'none'}; expected "

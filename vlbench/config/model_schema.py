@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, model_validator
@@ -183,10 +183,3 @@ class ModelConfig:
     def connector_options(self) -> dict[str, Any]:
         """The connector's options."""
         return {key: value for key, value in self.connector.items() if key != "name"}
-
-    def with_random_weights(self) -> ModelConfig:
-        """Return it with random weights of vision encoders and language model."""
-        random = {"weights": "random"}
-        second = self.vision.second and self.vision.second.model_copy(update=random)
-        vision = self.vision.model_copy(update={**random, "second": second})
-        return replace(self, vision=vision, language=self.language.model_copy(update=random))

@@ -67,7 +67,7 @@ def load_recipe(
 def load_recipe_file(path: str | Path) -> Recipe:
     """Return the recipe that `save_recipe` wrote; an error names the version that wrote it.
 
-    The code of a connector that is not shipped is neither needed nor run: `load_model_recipe`.
+    The code of a connector that is not shipped is neither needed nor run.
     """
     path = Path(path)
     try:
@@ -80,16 +80,6 @@ def load_recipe_file(path: str | Path) -> Recipe:
         raise UserError(
             *error.lines, f"{path}: was written by vlbench {made}, and this is {__version__}"
         ) from error
-
-
-def load_model_recipe(folder: Path, trust_connector: bool) -> Recipe:
-    """Return the recipe of a checkpoint whose model is to be built, its connector found.
-
-    A connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint.
-    """
-    recipe = load_recipe_file(folder / "recipe.yaml")
-    name = kept_source.locate_source(recipe.connector, folder, trust_connector)
-    return recipe.model_copy(update={"connector": {**recipe.connector, "name": name}})
 
 
 def _version_of_run(folder: Path) -> str:

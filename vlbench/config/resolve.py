@@ -34,7 +34,8 @@ def check_merged(
     was saved, and its source is not looked at. `merged` is changed.
     """
     is_complete = not errors
-    option_errors = [] if has_all_options else _resolve_connector(merged, is_complete)
+    if not has_all_options:
+        errors += _resolve_connector(merged, is_complete)
     common = mapping_in(merged, "data")
     _read_mixture(common, "data.mix", errors)
     for name, stage in _stages_in(merged).items():
@@ -46,7 +47,6 @@ def check_merged(
         recipe = Recipe.model_validate(merged, context={"stage_names": list(stages)})
     except ValidationError as error:
         errors += _error_lines(error, layers, is_complete)
-    errors += option_errors
     if errors:
         raise UserError(*dict.fromkeys(errors))
     return recipe

@@ -173,11 +173,11 @@ class Recipe(RecipeSection):
                     f"has vision.tiling and stages.{name}.objective={stage.objective}, which "
                     "compares captions with images of one view; give vision.tiling=null"
                 )
-        for place, data in self.data_by_key.items():
+            data = stage.data or self.data
             for option in ("decode", "exif"):
-                of_run, of_stage = getattr(self.data, option), getattr(data, option)
-                if of_stage != of_run:
+                own, common = getattr(data, option), getattr(self.data, option)
+                if own != common:
                     yield (
-                        f"has {place}.{option}={of_stage} and data.{option}={of_run}: a run "
+                        f"has stages.{name}.data.{option}={own} and data.{option}={common}: a run "
                         f"decodes images in one way, in training and after it; give data.{option}"
                     )

@@ -13,8 +13,8 @@ from vlbench.config.key_types import MAX_COUNT, ImageSize, PartName, RecipeSecti
 from vlbench.strict_values import convert_value, is_null
 
 SampleFormat = Literal["caption", "chat"]
-MAX_BATCH_SIZE = 1_000_000  # CLIP models are trained with up to 164,000
 MAX_ROW_TOKENS = 1 << 20  # eight times the usual longest contexts; `plan` takes half a minute
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]  # CLIP is trained with up to 164,000
 BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
 
 
@@ -62,9 +62,7 @@ class StageConfig(RecipeSection):
     train: Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)] = key(
         "which parts are trained, and how"
     )
-    global_batch_size: int = key(
-        "samples in an optimizer step, over all devices", ge=1, le=MAX_BATCH_SIZE
-    )
+    global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
     max_tokens_per_row: Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)] = key(
         "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
