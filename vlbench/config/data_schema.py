@@ -1,16 +1,7 @@
 """The keys of a recipe's data: one source or a mixture of them, and files that list a mixture.
 
-`data.mix=FILE.yaml` names such a file in our form or in LLaVA-OneVision's:
-
-    cap: 50000 # of each source that has no cap of its own
-    sources:
-      - {train: captions.tar, weight: 0.5, prompts: [Describe the image.]}
-
-    datasets:
-      - {json_path: a.json, sampling_strategy: "first:1000"}
-
-A recipe keeps the sources and not the name of the file: a run goes on as it began, whatever becomes
-of the file.
+`data.mix=FILE.yaml` names such a file, in our form or in LLaVA-OneVision's. A recipe keeps the
+sources and not the name of the file: a run goes on as it began, whatever becomes of the file.
 """
 
 from __future__ import annotations
@@ -132,7 +123,7 @@ class DataConfig(RecipeSection):
 
 
 class MixtureFile(RecipeSection):
-    """Our form."""
+    """Our form: `sources: [{train: a.tar, weight: 0.5}, {train: b.json, cap: 50000}]`."""
 
     sources: NonEmpty[MixtureSource] = key("the sources")
     cap: Count | None = key("cap of each source that has none of its own", None)
@@ -148,7 +139,7 @@ class OneVisionSource(RecipeSection):
 
 
 class OneVisionFile(RecipeSection):
-    """LLaVA-OneVision's form, as its training code reads it."""
+    """LLaVA-OneVision's form, as its training code reads it: `datasets: [{json_path: a.json}]`."""
 
     datasets: NonEmpty[OneVisionSource] = key("the sources")
 
