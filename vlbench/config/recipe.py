@@ -60,7 +60,7 @@ def load_recipe(
         with collect_errors(errors):
             _check_saved_callbacks(base, typed, source)
     if inherited_keys and not is_resumed:  # a resumed run was checked
-        errors += _conflicts_with_init(merged["init"], [typed] if is_saved else [base, typed])
+        errors += _conflicts_with_init(merged.get("init"), [typed] if is_saved else [base, typed])
     return check_merged(merged, layers, errors)
 
 
