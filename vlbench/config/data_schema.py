@@ -12,9 +12,9 @@ from fractions import Fraction
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-from pydantic import AfterValidator
+from pydantic import AfterValidator, Field
 
-from vlbench.config.key_types import MAX_COUNT, Count, NonEmpty, PathText, RecipeSection, key
+from vlbench.config.key_types import MAX_COUNT, Count, PathText, RecipeSection, key
 from vlbench.config.recipe_files import data_files
 from vlbench.connector.folder_modules import shipped_folder
 from vlbench.errors import UserError, suggest_name
@@ -75,7 +75,8 @@ def check_prompt(prompt: str) -> str:
 
 
 SamplingText = Annotated[str, AfterValidator(check_sampling)]
-Prompts = NonEmpty[Annotated[str, AfterValidator(check_prompt)]]
+PromptText = Annotated[str, AfterValidator(check_prompt)]
+Prompts = Annotated[tuple[PromptText, ...], Field(min_length=1)]
 
 
 class MixtureSource(RecipeSection):
@@ -90,6 +91,9 @@ class MixtureSource(RecipeSection):
     needs: str | None = key("what it needs on disk, which is said where it is missing", None)
 
 
+Mixture = Annotated[tuple[MixtureSource, ...], Field(min_length=1)]
+
+
 class DataConfig(RecipeSection):
     """Training and held-out data."""
 
@@ -98,9 +102,7 @@ class DataConfig(RecipeSection):
     )
     images: PathText | None = key("folder of images; null: beside the file", None)
     allow_outside: bool = key("read images that lie outside of the folder `images`", False)
-    mix: NonEmpty[MixtureSource] | None = key(
-        "sources, or a YAML file that lists them; instead of train", None
-    )
+    mix: Mixture | None = key("sources, or a YAML file that lists them; instead of train", None)
     val: PathText | None = key("held-out samples, as data.train takes them", None)
     on_bad_sample: Literal["auto", "quarantine", "stop"] = key(
         "leave out and count, or stop; auto: stop above 1 %", "auto"
@@ -125,7 +127,7 @@ class DataConfig(RecipeSection):
 class MixtureFile(RecipeSection):
     """Our form: `sources: [{train: a.tar, weight: 0.5}, {train: b.json, cap: 50000}]`."""
 
-    sources: NonEmpty[MixtureSource] = key("the sources")
+    sources: Mixture = key("the sources")
     cap: Count | None = key("cap of each source that has none of its own", None)
 
 
@@ -141,7 +143,7 @@ class OneVisionSource(RecipeSection):
 class OneVisionFile(RecipeSection):
     """LLaVA-OneVision's form, as its training code reads it: `datasets: [{json_path: a.json}]`."""
 
-    datasets: NonEmpty[OneVisionSource] = key("the sources")
+    datasets: Annotated[tuple[OneVisionSource, ...], Field(min_length=1)] = key("the sources")
 
 
 def read_mixture(name: str, recipe_key: str = "data.mix") -> list[MixtureSource]:

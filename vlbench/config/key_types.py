@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable
 from itertools import chain
-from typing import Annotated, Any, Literal, Self, TypeVar, get_args
+from typing import Annotated, Any, Literal, Self, get_args
 
 from pydantic import (
     AfterValidator,
@@ -29,8 +29,6 @@ MAX_COUNT = 1_000_000_000  # steps, samples, tokens: three orders above what any
 
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 ImageSize = Annotated[int, Field(ge=8, le=MAX_IMAGE_SIZE)]
-ItemT = TypeVar("ItemT")
-NonEmpty = Annotated[tuple[ItemT, ...], Field(min_length=1)]
 PathText = Annotated[str, AfterValidator(os.path.expanduser)]
 """Text that may be a path, in which a leading `~` is the home folder."""
 

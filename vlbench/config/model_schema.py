@@ -7,10 +7,10 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.key_types import Count, ImageSize, NonEmpty, PathText, RecipeSection, key
+from vlbench.config.key_types import MAX_COUNT, Count, ImageSize, PathText, RecipeSection, key
 from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
 
 TilingRule = Literal["llava_next", "internvl"]
@@ -27,6 +27,7 @@ def check_grid(text: str) -> str:
 
 EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
 GridText = Annotated[str, AfterValidator(check_grid)]
+Grids = Annotated[tuple[GridText, ...], Field(min_length=1)]
 
 
 class PretrainedPartConfig(RecipeSection):
@@ -89,7 +90,7 @@ class TilingConfig(RecipeSection):
         "newline: learned, after each row of tokens; numbered: text before views", "newline"
     )
     max_views: Count | None = key("a sample with more views is bad; null: any number", None)
-    grids: NonEmpty[GridText] | None = key(
+    grids: Grids | None = key(
         "the only grids, ROWSxCOLUMNS, as a release may have; null: all of up to `tiles`", None
     )
 
@@ -154,7 +155,9 @@ class LanguageModelConfig(PretrainedPartConfig):
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
     template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
-    max_length: Count = key("most tokens of a conversation, image positions included", 4096, ge=16)
+    max_length: int = key(
+        "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
+    )
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, ValidationInfo
 
 from vlbench.config.data_schema import DataConfig
-from vlbench.config.key_types import Count, NonEmpty, PathText, RecipeSection, key
+from vlbench.config.key_types import Count, PathText, RecipeSection, key
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
 from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.errors import suggest_name
@@ -34,6 +34,7 @@ def check_stage_name(name: str, info: ValidationInfo) -> str:
 
 
 StageName = Annotated[str, AfterValidator(check_stage_name)]
+StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
 
 
 class TrainerConfig(RecipeSection):
@@ -102,7 +103,7 @@ class Recipe(RecipeSection):
     seed: int = key("seed of everything random", 0, ge=0, le=2**32 - 1)
     run: PathText | None = key("folder of the run; null: runs/RECIPE-SIZE-N", None)
     init: PathText | None = key("run, checkpoint or released model to begin with", None)
-    only: NonEmpty[StageName] | None = key("stages to run, as chat or [align_224,chat]", None)
+    only: StageNames | None = key("stages to run, as chat or [align_224,chat]", None)
     from_: StageName | None = key("stage to start from", None, alias="from")
     precision: Literal["32", "bf16"] = key("precision of the arithmetic", "32")
     activation_checkpointing: Literal["none", "selective", "full", "auto"] = key(

@@ -84,10 +84,11 @@ class StageConfig(RecipeSection):
         """Yield what is wrong with the length of the stage, and with its adapters."""
         if self.epochs is None and self.steps is None:
             yield "needs epochs or steps"
-        for part, how in self.train.items():
-            if how.lora and part == "connector":
-                yield "has train.connector.lora; a connector is trained whole"
-            if how.lora and how.lora.bits and part != "language":
+        adapters = {part: how.lora for part, how in self.train.items() if how.lora}
+        if "connector" in adapters:
+            yield "has train.connector.lora; a connector is trained whole"
+        for part, lora in adapters.items():
+            if lora.bits and part != "language":
                 yield f"has train.{part}.lora.bits=4; only train.language takes it"
 
 
