@@ -58,12 +58,13 @@ def build_stage(
     words: tuple[str, ...], size: str, stage_name: str = "chat", is_exact_in_bf16: bool = False
 ) -> StageUnderTest:
     """Build a recipe's model where it is trained; weights as those of files in bf16, if wanted."""
-    recipe = recipes.load_recipe([*words, f"size={size}", "precision=bf16", "data.train=scenes"])
+    words = (*words, "vision.weights=random", "language.weights=random", "data.train=scenes")
+    recipe = recipes.load_recipe([*words, f"size={size}", "precision=bf16"])
     stage = recipe.stages[stage_name].model_copy(
         update={"global_batch_size": BATCH, "warmup_ratio": 0.0, "schedule": "constant"}
     )
     with DEVICE:
-        vlm = build_vlm(recipe.model.with_random_weights(), stage.image_size)
+        vlm = build_vlm(recipe.model, stage.image_size)
     if is_exact_in_bf16:
         for parameter in vlm.parameters():
             parameter.data = parameter.data.bfloat16().float()

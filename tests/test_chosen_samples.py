@@ -9,7 +9,7 @@ from collections.abc import Sequence
 
 import pytest
 
-from vlbench.config.mixture_source import MixtureSource
+from vlbench.config.data_schema import MixtureSource
 from vlbench.data.chosen_samples import ChosenSamples, source_identity, take_part
 from vlbench.data.record_choice import RecordChoice
 from vlbench.data.sample import ChatTurn, Sample, record_number, sample_at

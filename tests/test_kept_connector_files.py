@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from vlbench.config.recipe import load_recipe
 from vlbench.connector import kept_source, registry
 from vlbench.connector.base import Connector, Shapes
 from vlbench.connector.source_files import MAX_KEPT_FILES
@@ -175,6 +176,14 @@ def test_a_shipped_connector_that_takes_ones_own_is_kept_with_it(own):
     assert type(connector.inner).__name__ == "Mine" and connector.metrics()
     with pytest.raises(ValueError, match="tokens is 'mine'"):
         registry.load_connector("mixed")(SHAPES, tokens="mine")
+
+
+def test_a_size_has_its_options_for_a_shipped_connector_that_init_keeps(own):
+    run = own({"mine.py": mine("SCALE = 2\n")}, name="mixed", tokens="mine")
+    words = ["recipe=yivl_llava", "connector={name: mixed, tokens: mine}"]
+    tiny = load_recipe(words[:1] + ["connector.name=mixed"]).connector
+    kept = load_recipe([*words, f"init={run}"]).connector
+    assert kept == {**tiny, "name": str(run / "connector/mixed.py"), "tokens": "mine"}
 
 
 def test_only_shipped_connectors_need_no_source(tmp_path):

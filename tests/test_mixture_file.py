@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.config import recipe as recipes
-from vlbench.config.mixture_file import mixture_files, read_mixture
-from vlbench.config.mixture_source import parse_sampling
+from vlbench.config.data_schema import mixture_files, parse_sampling, read_mixture
 from vlbench.data.annotation_mapping import read_mapping
 from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError
@@ -106,7 +105,7 @@ def test_the_shipped_mixtures_are_found_by_name_and_by_path_from_any_folder() ->
     for name in names:
         assert read_mixture(name) == read_mixture(f"recipes/data/{name}.yaml")
     assert not set(names) & set(mapping_files())
-    assert {source["cap"] for source in read_mixture("yi_vl_stage3")} == {50_000}
+    assert {source.cap for source in read_mixture("yi_vl_stage3")} == {50_000}
 
 
 def test_a_file_that_cannot_be_read_hides_no_mixture(folder: Path) -> None:

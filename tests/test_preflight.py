@@ -20,7 +20,7 @@ from PIL import Image
 
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
-from vlbench.config.mixture_source import MixtureSource
+from vlbench.config.data_schema import MixtureSource
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.chosen_samples import take_part

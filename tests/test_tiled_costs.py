@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from whole_model_cost import with_random_weights
 
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
@@ -150,7 +151,7 @@ def test_counts_are_those_of_the_whole_model(name, tags):
     side = recipe.stages["chat"].image_size
     counter = ConnectorCostCounter(recipe.vision, recipe.language, [side])
     with torch.device("meta"):
-        vlm = build_vlm(recipe.model.with_random_weights(), side)
+        vlm = build_vlm(with_random_weights(recipe.model), side)
         whole = count_connector_cost(vlm.model, vlm.processor.view_layout)
     layout = vlm.processor.view_layout
     assert layout is not None

@@ -10,7 +10,7 @@ from pathlib import Path
 from vlbench import encoder_names
 from vlbench.command_line.arguments import ListArguments, ListedKind
 from vlbench.config import recipe
-from vlbench.config.mixture_file import mixture_files
+from vlbench.config.data_schema import mixture_files
 from vlbench.config.recipe_files import recipe_files, size_files
 from vlbench.connector import registry
 from vlbench.connector.option_schema import ConnectorOption

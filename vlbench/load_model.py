@@ -9,6 +9,7 @@ import torch
 
 from vlbench.command_line.arguments import ChatArguments, EvalArguments
 from vlbench.config import recipe as recipes
+from vlbench.connector import kept_source
 from vlbench.data.chat_template import check_template_name
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -90,7 +91,10 @@ def load_model_folder(
     """
     if not checkpoint_files.is_run_or_checkpoint(folder):
         return load_release(folder, dtype, device, ReleaseOverrides(template_name=template))
-    config = recipes.load_model_recipe(folder, trust_connector).model
+    config = recipes.load_recipe_file(folder / "recipe.yaml").model
+    # a connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint
+    name = kept_source.locate_source(config.connector, folder, trust_connector)
+    config = replace(config, connector={**config.connector, "name": name})
     if template:
         language = config.language.model_copy(update={"template": template})
         config = replace(config, language=language)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from PIL import Image
 
-from vlbench.config.key_types import SampleFormat
+from vlbench.config.stage_schema import SampleFormat
 from vlbench.data.batch_images import (
     assign_image_index,
     join_views,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import NamedTuple, get_args, get_origin
 
 from pydantic import BaseModel
@@ -21,22 +22,20 @@ class KeyRow(NamedTuple):
     help: str
 
 
-def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> list[KeyRow]:
-    """Return the table of all keys in the order of this file, connector options left out."""
-    table: list[KeyRow] = []
+def key_rows(section: type[BaseModel] = Recipe, prefix: str = "") -> Iterator[KeyRow]:
+    """Yield the table of all keys in their order, connector options left out."""
     for name, field in declared_keys(section).items():
         kind, path, meaning = split_union(field.annotation)[0], prefix + name, field.description
         if path == "connector":
-            table.append(KeyRow("connector.name", "str", "", "name of a connector (see list)"))
-            table.append(KeyRow("connector.OPTION", "", "", "option of that connector (see list)"))
+            yield KeyRow("connector.name", "str", "", "name of a connector (see list)")
+            yield KeyRow("connector.OPTION", "", "", "option of that connector (see list)")
         elif prefix and name == "data":
-            table.append(KeyRow(f"{path}.KEY", "", "null", str(meaning)))
+            yield KeyRow(f"{path}.KEY", "", "null", str(meaning))
         elif is_section(kind):
-            table += key_rows(kind, f"{path}.")
+            yield from key_rows(kind, f"{path}.")
         elif get_origin(kind) is dict:
             holder = "PART" if get_args(kind)[0] is PartName else "NAME"
-            table += key_rows(get_args(kind)[1], f"{path}.{holder}.")
+            yield from key_rows(get_args(kind)[1], f"{path}.{holder}.")
         else:
             default = "(needed)" if field.is_required() else yaml_text(field.default)
-            table.append(KeyRow(path, kind_label(field.annotation), default, str(meaning)))
-    return table
+            yield KeyRow(path, kind_label(field.annotation), default, str(meaning))

@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from dataclasses import dataclass, replace
-from typing import Annotated, Any, ClassVar, Literal, Self
+import re
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from vlbench.command_line.arguments import TemplateName
-from vlbench.config.key_types import (
-    MAX_COUNT,
-    MAX_IMAGE_SIZE,
-    MAX_TILES,
-    Count,
-    EncoderName,
-    GridText,
-    PathText,
-    RecipeSection,
-    TilingRule,
-    ViewTags,
-    key,
-)
-from vlbench.encoder_names import EMBEDDED_ENCODERS, is_hub_name
+from vlbench.config.key_types import MAX_COUNT, Count, ImageSize, PathText, RecipeSection, key
+from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
+
+TilingRule = Literal["llava_next", "internvl"]
+ViewTags = Literal["none", "newline", "numbered"]
+MAX_TILES = 64  # of an image; 6 to 12 are usual
+
+
+def check_grid(text: str) -> str:
+    """Return rows and columns of tiles, written as 2x3."""
+    if not re.fullmatch("[1-9][0-9]?x[1-9][0-9]?", text):
+        raise ValueError(f"must be ROWSxCOLUMNS, as in 2x3, given '{text}'")
+    return text
+
+
+EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
+GridText = Annotated[str, AfterValidator(check_grid)]
+Grids = Annotated[tuple[GridText, ...], Field(min_length=1)]
 
 
 class PretrainedPartConfig(RecipeSection):
@@ -34,19 +39,14 @@ class PretrainedPartConfig(RecipeSection):
     name: str
     weights: str
 
-    @model_validator(mode="after")
-    def _check_embedded_weights(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong where embedded weights are asked of a part that has none."""
         if self.weights == "embedded" and self.name not in self.embedded_names:
             known = " and ".join(f"{self.part}.name={name}" for name in self.embedded_names)
-            raise ValueError(
+            yield (
                 f"has weights 'embedded', which only {known} can have; say which weights "
                 f"{self.part}.name={self.name} takes, or {self.part}.weights=random"
             )
-        return self
-
-    def with_random_weights(self) -> Self:
-        """Return it with random weights."""
-        return self.model_copy(update={"weights": "random"})
 
 
 class NamedEncoderConfig(PretrainedPartConfig):
@@ -73,11 +73,8 @@ class SecondEncoderConfig(NamedEncoderConfig):
     weights: PathText = key("as vision.weights", "embedded")
     layer: int = key("as vision.layer", -2, ge=-100, le=99)
     norm: bool = key("as vision.norm", False)
-    image_size: int | None = key(
-        "side of its images in pixels; null: as many patches as the first",
-        None,
-        ge=8,
-        le=MAX_IMAGE_SIZE,
+    image_size: ImageSize | None = key(
+        "side of its images in pixels; null: as many patches as the first", None
     )
 
 
@@ -93,7 +90,7 @@ class TilingConfig(RecipeSection):
         "newline: learned, after each row of tokens; numbered: text before views", "newline"
     )
     max_views: Count | None = key("a sample with more views is bad; null: any number", None)
-    grids: Annotated[tuple[GridText, ...], Field(min_length=1)] | None = key(
+    grids: Grids | None = key(
         "the only grids, ROWSxCOLUMNS, as a release may have; null: all of up to `tiles`", None
     )
 
@@ -103,18 +100,17 @@ class TilingConfig(RecipeSection):
         texts = self.grids or ()
         return tuple((int(rows), int(columns)) for rows, columns in (t.split("x") for t in texts))
 
-    @model_validator(mode="after")
-    def _check_grids(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with the grids."""
         least = 2 if self.grid == "llava_next" else 1
         for rows, columns in self.grid_sizes:
             if not least <= rows * columns <= self.tiles:
-                raise ValueError(
+                yield (
                     f"has {rows}x{columns} among its grids; with grid={self.grid} and "
                     f"tiles={self.tiles} a grid has {least} to {self.tiles} tiles"
                 )
         if len(set(self.grid_sizes)) < len(self.grid_sizes):
-            raise ValueError(f"has a grid twice: {', '.join(self.grids or ())}")
-        return self
+            yield f"has a grid twice: {', '.join(self.grids or ())}"
 
 
 class VisionEncoderConfig(NamedEncoderConfig):
@@ -136,24 +132,19 @@ class VisionEncoderConfig(NamedEncoderConfig):
         "image positions of a sample, to which tiles are reduced; null: any number", None
     )
 
-    @model_validator(mode="after")
-    def _check_tiling(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with its weights, and with tiles."""
+        yield from super().find_conflicts()
         if self.max_visual_tokens is not None and self.tiling is None:
-            raise ValueError(
+            yield (
                 f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
                 "vision.tiling.tiles"
             )
         if self.tiling is not None and self.second is not None:
-            raise ValueError(
+            yield (
                 f"has tiling and second.name={self.second.name}: the views of an image are those "
                 "of one encoder; leave one of the two out"
             )
-        return self
-
-    def with_random_weights(self) -> Self:
-        """Return it with random weights, those of the second too."""
-        second = self.second and self.second.with_random_weights()
-        return self.model_copy(update={"weights": "random", "second": second})
 
 
 class LanguageModelConfig(PretrainedPartConfig):
@@ -195,8 +186,3 @@ class ModelConfig:
     def connector_options(self) -> dict[str, Any]:
         """The connector's options."""
         return {key: value for key, value in self.connector.items() if key != "name"}
-
-    def with_random_weights(self) -> ModelConfig:
-        """Return it with random weights of vision encoder and language model."""
-        vision, language = self.vision.with_random_weights(), self.language.with_random_weights()
-        return replace(self, vision=vision, language=language)

@@ -6,8 +6,7 @@ size's file, the command line. All errors are raised together.
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -15,7 +14,7 @@ from typing import Any
 from vlbench.command_line.overrides import parse_overrides
 from vlbench.config.key_types import RecipeSection
 from vlbench.config.recipe_files import recipe_files, size_files
-from vlbench.config.resolve import mapping_in, merge_layers, resolve_layers
+from vlbench.config.resolve import check_merged, collect_errors, mapping_in, merge_layers
 from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageData
 from vlbench.connector import kept_source, registry
@@ -40,44 +39,40 @@ def load_recipe(
     is_named_by_run = is_resumed and not typed.keys() & {"recipe", "size"}
     base: dict[str, Any] = {}
     size: dict[str, Any] = {}
-    source = str(typed.get("recipe"))
-    if is_named_by_run:
-        base, source = _read_saved(run_copy), str(run_copy)
-    else:
-        with _collect_errors(errors):
+    source = str(run_copy if is_named_by_run else typed.get("recipe"))
+    with collect_errors(errors):
+        if is_named_by_run:
+            base = _read_saved(run_copy)
+        else:
             base, source = _read_layer("recipe", typed.get("recipe"), recipe_files())
-        with _collect_errors(errors):
-            size = _read_size(base, typed)
-    with _collect_errors(errors):
-        _use_kept_connector(base, typed, run_copy.parent if is_named_by_run else None)
-    if is_named_by_run or _is_resolved(base):
-        with _collect_errors(errors):
+    size_name = typed.get("size", base.get("size", "tiny"))
+    if not is_named_by_run:
+        with collect_errors(errors):
+            size = _read_size(size_name, base, typed)
+    size_source = f"size {size_name}"
+    layers = [("init", dict(inherited_keys)), (source, base), (size_source, size), ("", typed)]
+    merged = merge_layers(*(tree for _, tree in layers))
+    is_trusted = typed.get("trust_connector") == "true"  # typed: no folder gives it to itself
+    with collect_errors(errors):
+        _use_kept_connector(merged, run_copy.parent if is_named_by_run else None, is_trusted)
+    is_saved = is_named_by_run or declared_keys(Recipe).keys() <= base.keys()  # a run's copy
+    if is_saved and not is_trusted:
+        with collect_errors(errors):
             _check_saved_callbacks(base, typed, source)
     if inherited_keys and not is_resumed:  # a resumed run was checked
-        errors += _conflicts_with_init(base, typed)
-    size_source = f"size {typed.get('size', 'tiny')}"
-    layers = [("init", dict(inherited_keys)), (source, base), (size_source, size), ("", typed)]
-    return resolve_layers(layers, errors, list(mapping_in(base, "stages")))
-
-
-@contextlib.contextmanager
-def _collect_errors(errors: list[str]) -> Iterator[None]:
-    """Add the lines of a UserError to `errors`, to be raised with others."""
-    try:
-        yield
-    except UserError as error:
-        errors += error.lines
+        errors += _conflicts_with_init(merged.get("init"), [typed] if is_saved else [base, typed])
+    return check_merged(merged, layers, errors)
 
 
 def load_recipe_file(path: str | Path) -> Recipe:
     """Return the recipe that `save_recipe` wrote; an error names the version that wrote it.
 
-    The code of a connector that is not shipped is neither needed nor run: `load_model_recipe`.
+    The code of a connector that is not shipped is neither needed nor run.
     """
     path = Path(path)
     try:
-        is_kept = kept_source.has_kept_source(path.parent)
-        return resolve_layers([(str(path), _read_saved(path))], [], has_all_options=is_kept)
+        saved, is_kept = _read_saved(path), kept_source.has_kept_source(path.parent)
+        return check_merged(merge_layers(saved), [(str(path), saved)], [], has_all_options=is_kept)
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -87,22 +82,10 @@ def load_recipe_file(path: str | Path) -> Recipe:
         ) from error
 
 
-def load_model_recipe(folder: Path, trust_connector: bool) -> Recipe:
-    """Return the recipe of a checkpoint whose model is to be built, its connector found.
-
-    A connector that `./connectors` lacks, or has otherwise, is the one kept in the checkpoint.
-    """
-    recipe = load_recipe_file(folder / "recipe.yaml")
-    name = kept_source.locate_source(recipe.connector, folder, trust_connector)
-    return recipe.model_copy(update={"connector": {**recipe.connector, "name": name}})
-
-
 def _version_of_run(folder: Path) -> str:
     """Return the version that wrote a run, from its folder or one of its checkpoints."""
-    for file in (folder / "versions.json", folder.parent.parent / "versions.json"):
-        if file.is_file():
-            return str(read_json(file).get("vlbench", ""))
-    return ""
+    files = [one / "versions.json" for one in (folder, folder.parent.parent)]
+    return next((str(read_json(file).get("vlbench", "")) for file in files if file.is_file()), "")
 
 
 def save_recipe(recipe: Recipe, path: str | Path) -> None:
@@ -144,9 +127,9 @@ def _read_layer(key: str, given: object, known: Mapping[str, Path]) -> tuple[dic
     return read_yaml(path), path.name
 
 
-def _read_size(base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
+def _read_size(given: object, base: dict[str, Any], typed: dict[str, Any]) -> dict[str, Any]:
     """Return the layer of the size: how the recipe's stages, connector and encoder look at it."""
-    size, _ = _read_layer("size", typed.get("size", base.get("size", "tiny")), size_files())
+    size, _ = _read_layer("size", given, size_files())
     written, stages = merge_layers(base, typed), size.pop("stages", None) or {}
     for part, key in (("connector", "connectors"), ("vision", "encoders")):
         name, variants = _part_name(written, part), size.pop(key, None) or {}
@@ -177,49 +160,30 @@ def _read_saved(path: Path) -> dict[str, Any]:
     return saved
 
 
-def _use_kept_connector(
-    base: dict[str, Any], typed: dict[str, Any], run_folder: Path | None
-) -> None:
-    """Let the layers name the file of their connector that the run, or else `init`, keeps."""
-    written, folder = merge_layers(base, typed), run_folder
-    name, connector = _part_name(written, "connector"), mapping_in(written, "connector")
-    if folder is None and written.get("init"):
-        init = Path(str(written["init"])).expanduser()
+def _use_kept_connector(merged: dict[str, Any], folder: Path | None, is_trusted: bool) -> None:
+    """Let a recipe name the file of its connector that the `folder` of its run or `init` keeps."""
+    connector = mapping_in(merged, "connector")
+    if folder is None and merged.get("init"):
+        init = Path(str(merged["init"])).expanduser()
         folder = init if kept_source.has_only_source(connector, init) else None
-    if folder is None or not kept_source.kept_file(folder, name).is_file():
-        return
-    location = kept_source.locate_source(connector, folder, _is_trusted(typed))
-    for layer in (base, typed):
-        if _part_name(layer, "connector") == name:
-            layer["connector"]["name"] = location
+    if folder and kept_source.kept_file(folder, _part_name(merged, "connector")).is_file():
+        connector["name"] = kept_source.locate_source(connector, folder, is_trusted)
 
 
 def _check_saved_callbacks(base: dict[str, Any], typed: dict[str, Any], source: str) -> None:
-    """Refuse callbacks of another's run, unless they are typed or trusted: their modules run."""
+    """Refuse callbacks of another's run, unless they are typed: their modules run."""
     named = mapping_in(base, "trainer").get("callbacks") or []
-    if "callbacks" not in mapping_in(typed, "trainer") and not _is_trusted(typed):
+    if "callbacks" not in mapping_in(typed, "trainer"):
         kept_source.check_callbacks(named if isinstance(named, list) else [named], source)
 
 
-def _is_trusted(typed: dict[str, Any]) -> bool:
-    """Tell whether trust was typed: a recipe that came with a folder cannot give it to itself."""
-    return bool(typed.get("trust_connector") == "true")
-
-
-def _conflicts_with_init(*layers: dict[str, Any]) -> list[str]:
+def _conflicts_with_init(init: object, layers: Iterable[dict[str, Any]]) -> list[str]:
     """Return errors for keys that choose a part which comes with the model of `init`."""
-    init = merge_layers(*layers).get("init")
     return [
         f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={init} brings its own "
         f"{label}; leave {part}.{key} out"
         for layer in layers
-        if not _is_resolved(layer)
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
         for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
     ]
-
-
-def _is_resolved(layer: dict[str, Any]) -> bool:
-    """Tell whether a layer is the copy that a run keeps: it has every key, defaults included."""
-    return declared_keys(Recipe).keys() <= layer.keys()

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 from pydantic import ValidationError
 
+from vlbench.config.data_schema import read_mixture
 from vlbench.config.key_table import key_rows
 from vlbench.config.key_types import EXCLUSIVE_KEYS
-from vlbench.config.mixture_file import read_mixture
 from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.errors import UserError
@@ -20,39 +21,32 @@ RecipeLayer = tuple[str, dict[str, Any]]
 """A layer's name in messages ("" for the command line), and its tree of keys."""
 
 
-def resolve_layers(
+def check_merged(
+    merged: dict[str, Any],
     layers: Sequence[RecipeLayer],
     errors: list[str],
-    stage_names: Sequence[str] = (),
     has_all_options: bool = False,
 ) -> Recipe:
-    """Merge the layers, a later one wins, and check the whole.
+    """Return the recipe of the merged `layers`; a UserError has a line for each error.
 
-    Args:
-        layers: Name and tree of each.
-        errors: What is wrong so far. A recipe whose file is not there lacks everything, so that
-            nothing is said of what is missing.
-        stage_names: The stages that the recipe has; none: those of the merged layers.
-        has_all_options: Whether the connector's options were resolved when the recipe was saved:
-            its source is not looked at then.
+    After earlier `errors` nothing is said of what is missing: a recipe whose file is not there
+    lacks everything. With `has_all_options`, the connector's options were resolved when the recipe
+    was saved, and its source is not looked at. `merged` is changed.
     """
     is_complete = not errors
-    merged = merge_layers(*(tree for _, tree in layers))
-    option_errors: list[str] = []
     if not has_all_options:
-        given = merged.get("connector", {})
-        merged["connector"], option_errors = _resolve_connector(given, is_complete)
-    names = list(stage_names) or list(mapping_in(merged, "stages"))
-    errors += _read_mixture("", mapping_in(merged, "data"))
+        errors += _resolve_connector(merged, is_complete)
+    common = mapping_in(merged, "data")
+    _read_mixture(common, "data.mix", errors)
     for name, stage in _stages_in(merged).items():
-        errors += _read_mixture(f"stages.{name}.", mapping_in(stage, "data"))
         if own := mapping_in(stage, "data"):  # what the stage leaves out is as for all
-            stage["data"] = _merge_into(_merge_into({}, mapping_in(merged, "data")), own)
+            _read_mixture(own, f"stages.{name}.data.mix", errors)
+            stage["data"] = _merge_into(dict(common), own)
+    stages = next((known for _, tree in layers if (known := mapping_in(tree, "stages"))), {})
     try:
-        recipe = Recipe.model_validate(merged, context={"stage_names": names})
+        recipe = Recipe.model_validate(merged, context={"stage_names": list(stages)})
     except ValidationError as error:
         errors += _error_lines(error, layers, is_complete)
-    errors += option_errors
     if errors:
         raise UserError(*dict.fromkeys(errors))
     return recipe
@@ -91,42 +85,49 @@ def _merge_into(target: dict[str, Any], layer: dict[str, Any]) -> dict[str, Any]
     return target
 
 
-def _stages_in(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return the stages of a tree that is not checked yet, without those that are no mappings."""
-    stages = mapping_in(tree, "stages")
-    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
-
-
 def mapping_in(tree: dict[str, Any], key: str) -> dict[str, Any]:
     """Return the mapping under `key` of a tree that is not checked yet; {} where there is none."""
     value = tree.get(key)
     return value if isinstance(value, dict) else {}
 
 
-def _read_mixture(place: str, data: dict[str, Any]) -> list[str]:
-    """Put the sources of a mixture's file where `data` names it; return what is wrong with it."""
-    name = data.get("mix")
-    if not isinstance(name, str) or is_null(name) or name.startswith(("[", "{")):
-        return []
-    data["mix"] = None
+def _stages_in(tree: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Return the stages of a tree that is not checked yet, without those that are no mappings."""
+    stages = mapping_in(tree, "stages")
+    return {name: stage for name, stage in stages.items() if isinstance(stage, dict)}
+
+
+@contextlib.contextmanager
+def collect_errors(errors: list[str]) -> Iterator[None]:
+    """Add the lines of a UserError to `errors`, to be raised with others."""
     try:
-        data["mix"] = read_mixture(name)
+        yield
     except UserError as error:
-        return [f"{place}{line}" if line.startswith("data.mix=") else line for line in error.lines]
-    return []
+        errors += error.lines
 
 
-def _resolve_connector(given: Any, is_complete: bool) -> tuple[Any, list[str]]:
-    """Return the connector's name with all its options, and what is wrong with them."""
+def _read_mixture(data: dict[str, Any], key: str, errors: list[str]) -> None:
+    """Put the sources of a mixture's file where `data` names it."""
+    name = data.get("mix")
+    if isinstance(name, str) and not is_null(name) and not name.startswith(("[", "{")):
+        data["mix"] = None
+        with collect_errors(errors):
+            data["mix"] = read_mixture(name, key)
+
+
+def _resolve_connector(merged: dict[str, Any], is_complete: bool) -> list[str]:
+    """Give the connector of a recipe all its options; return what is wrong with them."""
+    given = merged.setdefault("connector", {})
     if not isinstance(given, dict):
-        return given, []  # the schema refuses it
+        return []  # the schema refuses it
+    merged["connector"] = {}
     if "name" not in given:
         known = ", ".join(registry.connector_locations())
-        return {}, [f"connector.name is missing; known: {known}"] * is_complete
-    name = str(given["name"])
-    options = {key: value for key, value in given.items() if key != "name"}
-    values, errors = registry.resolve_options(name, options)
-    return {"name": name, **values}, errors
+        return [f"connector.name is missing; known: {known}"] * is_complete
+    name = str(given.pop("name"))
+    values, errors = registry.resolve_options(name, given)
+    merged["connector"] = {"name": name, **values}
+    return errors
 
 
 def _error_lines(

@@ -1,27 +1,40 @@
 """The recipe: every key with its type, default, range and meaning, as pydantic models.
 
-`model_schema` has those of the model's parts, `stage_schema` those of stages and data. A recipe
-is frozen; `recipe.model_copy(update={...})` gives a changed one.
+`model_schema` has those of the model's parts, `stage_schema` those of stages, `data_schema` those
+of their data. A recipe is frozen; `recipe.model_copy(update={...})` gives a changed one.
 """
 
 from __future__ import annotations
 
-from typing import Any, Literal, Self
+import re
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo
 
-from vlbench.config.key_types import (
-    MAX_DEVICES,
-    Count,
-    PathText,
-    RecipeSection,
-    StageName,
-    StageNames,
-    key,
-)
+from vlbench.config.data_schema import DataConfig
+from vlbench.config.key_types import Count, PathText, RecipeSection, key
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, VisionEncoderConfig
-from vlbench.config.stage_schema import DataConfig, StageConfig, StageData
+from vlbench.config.stage_schema import StageConfig, StageData
+from vlbench.errors import suggest_name
 from vlbench.strict_values import yaml_text
+
+MAX_DEVICES = 100_000
+
+
+def check_stage_name(name: str, info: ValidationInfo) -> str:
+    """Return the name of a stage that the recipe has; a recipe's file may have any."""
+    names = (info.context or {}).get("stage_names") or [name]
+    if name not in names:
+        close = suggest_name(name, names)
+        raise ValueError(f"must be a stage, {', '.join(names)}, given '{name}'.{close}")
+    if not re.fullmatch("[A-Za-z][A-Za-z0-9_]*", name):
+        raise ValueError(f"must be letters, digits and _, given '{name}'")
+    return name
+
+
+StageName = Annotated[str, AfterValidator(check_stage_name)]
+StageNames = Annotated[tuple[StageName, ...], Field(min_length=1)]
 
 
 class TrainerConfig(RecipeSection):
@@ -56,19 +69,18 @@ class TrainerConfig(RecipeSection):
         """Over how many processes fsdp2 shards a model."""
         return self.devices if self.shard_within_node else self.world_size
 
-    @model_validator(mode="after")
-    def _check_sharding(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with how gradients and shards are shared."""
         for name in ("shard_within_node", "reduce_gradients"):
             value = getattr(self, name)
             if self.strategy != "fsdp2" and value not in (False, "auto"):
                 setting = f"{name}={yaml_text(value)} and strategy={self.strategy}"
-                raise ValueError(f"has {setting}; that needs strategy=fsdp2")
+                yield f"has {setting}; that needs strategy=fsdp2"
         if self.shard_within_node and self.devices == 1:
-            raise ValueError(
+            yield (
                 "has shard_within_node=true and devices=1: a machine with one process has nobody "
                 "to share a model with; allowed from devices=2 on"
             )
-        return self
 
 
 class LoggingConfig(RecipeSection):
@@ -149,37 +161,24 @@ class Recipe(RecipeSection):
         stage = self.stages[name]
         return StageData(name, stage, stage.data or self.data, self.seed)
 
-    @model_validator(mode="after")
-    def _check_second_encoder(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong between stages, their data and the model."""
         for name, stage in self.stages.items():
             if "second_vision" in stage.train and self.vision.second is None:
-                raise ValueError(
+                yield (
                     f"has stages.{name}.train.second_vision and no second vision encoder: give "
                     "vision.second.name"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_tiling(self) -> Self:
-        if self.vision.tiling is None:
-            return self
-        for name, stage in self.stages.items():
-            if stage.objective != "language":
-                raise ValueError(
+            if self.vision.tiling is not None and stage.objective != "language":
+                yield (
                     f"has vision.tiling and stages.{name}.objective={stage.objective}, which "
                     "compares captions with images of one view; give vision.tiling=null"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_decoding(self) -> Self:
-        for place, data in self.data_by_key.items():
+            data = stage.data or self.data
             for option in ("decode", "exif"):
-                of_run, of_stage = getattr(self.data, option), getattr(data, option)
-                if of_stage != of_run:
-                    raise ValueError(
-                        f"has {place}.{option}={of_stage} and data.{option}={of_run}: a run "
-                        "decodes images in one way, in training and after it; give "
-                        f"data.{option}"
+                own, common = getattr(data, option), getattr(self.data, option)
+                if own != common:
+                    yield (
+                        f"has stages.{name}.data.{option}={own} and data.{option}={common}: a run "
+                        f"decodes images in one way, in training and after it; give data.{option}"
                     )
-        return self

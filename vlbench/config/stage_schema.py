@@ -2,27 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, model_validator
+from pydantic import BeforeValidator, Field
 
-from vlbench.config.key_types import (
-    MAX_COUNT,
-    MAX_IMAGE_SIZE,
-    BatchSize,
-    BetaNumber,
-    Count,
-    OnBadSample,
-    PartName,
-    PathText,
-    RecipeSection,
-    RowTokens,
-    SampleFormat,
-    drop_frozen_parts,
-    key,
-)
-from vlbench.config.mixture_source import Mixture
+from vlbench.config.data_schema import DataConfig
+from vlbench.config.key_types import MAX_COUNT, ImageSize, PartName, RecipeSection, key
+from vlbench.strict_values import convert_value, is_null
+
+SampleFormat = Literal["caption", "chat"]
+MAX_ROW_TOKENS = 1 << 20  # eight times the usual longest contexts; `plan` takes half a minute
+BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]  # CLIP is trained with up to 164,000
+BetaNumber = Annotated[float, Field(ge=0, le=0.999999)]
+
+
+def check_row_tokens(value: Any) -> Any:
+    """Return `auto` or a number of tokens within limits."""
+    if value == "auto":
+        return str(value)
+    try:
+        return convert_value(value, Annotated[int, Field(ge=16, le=MAX_ROW_TOKENS)])
+    except ValueError as error:
+        raise ValueError(f"{error}; auto is allowed, too") from None
+
+
+def drop_frozen_parts(parts: Any) -> Any:
+    """Return the parts of `train` without those that are null: they are frozen."""
+    return {p: v for p, v in parts.items() if not is_null(v)} if isinstance(parts, dict) else parts
 
 
 class LoraAdapterConfig(RecipeSection):
@@ -45,46 +53,17 @@ class PartTrainConfig(RecipeSection):
     lora: LoraAdapterConfig | None = key("train an adapter instead; null: the weights", None)
 
 
-TrainedParts = Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)]
-
-
-class DataConfig(RecipeSection):
-    """Training and held-out data."""
-
-    train: PathText | None = key(
-        "scenes, large_scenes; JSON, JSONL, CSV, Parquet; NAME:FOLDER; a hub id; shards", None
-    )
-    images: PathText | None = key("folder of images; null: beside the file", None)
-    allow_outside: bool = key("read images that lie outside of the folder `images`", False)
-    mix: Mixture | None = key("sources, or a YAML file that lists them; instead of train", None)
-    val: PathText | None = key("held-out samples, as data.train takes them", None)
-    on_bad_sample: OnBadSample = key("leave out and count, or stop; auto: stop above 1 %", "auto")
-    workers: int = key("processes that load images, beside one for texts; 0: none", 4, ge=0, le=256)
-    decode: Literal["exact", "draft"] = key(
-        "large JPEGs: decoded as the reference does, or faster and less exactly", "exact"
-    )
-    exif: Literal["ignore", "apply"] = key(
-        "EXIF orientation of photographs: ignored, as the reference does, or applied", "ignore"
-    )
-    samples: Count = key("scenes: images in an epoch", 10000)
-    questions: Count = key("scenes: questions per image, in one conversation", 3)
-    scene_side: int = key("large_scenes: side of the pictures in pixels", 224, ge=112, le=1120)
-
-    @property
-    def is_given(self) -> bool:
-        """Whether there is something to train on."""
-        return self.train is not None or self.mix is not None
-
-
 class StageConfig(RecipeSection):
     """One stage of training."""
 
-    image_size: int = key("side of the images in pixels", ge=8, le=MAX_IMAGE_SIZE)
+    image_size: ImageSize = key("side of the images in pixels")
     sample_format: SampleFormat = key("plain captions of images, or conversations")
     objective: str = key("language, or an objective that the connector offers", "language")
-    train: TrainedParts = key("which parts are trained, and how")
+    train: Annotated[dict[PartName, PartTrainConfig], BeforeValidator(drop_frozen_parts)] = key(
+        "which parts are trained, and how"
+    )
     global_batch_size: BatchSize = key("samples in an optimizer step, over all devices")
-    max_tokens_per_row: RowTokens = key(
+    max_tokens_per_row: Annotated[int | Literal["auto"], BeforeValidator(check_row_tokens)] = key(
         "most tokens in a packed row; auto: up to 16384 by GPU memory, else 4096", "auto"
     )
     epochs: float | None = key("passes over the data", None, ge=0, le=MAX_COUNT)
@@ -101,17 +80,16 @@ class StageConfig(RecipeSection):
         """The parts that are trained, and how."""
         return {str(part): settings for part, settings in self.train.items()}
 
-    @model_validator(mode="after")
-    def _check_budget_and_adapters(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with the length of the stage, and with its adapters."""
         if self.epochs is None and self.steps is None:
-            raise ValueError("needs epochs or steps")
-        adapters = {part: how.lora for part, how in self.train.items() if how.lora is not None}
+            yield "needs epochs or steps"
+        adapters = {part: how.lora for part, how in self.train.items() if how.lora}
         if "connector" in adapters:
-            raise ValueError("has train.connector.lora; a connector is trained whole")
-        for part in adapters.keys() - {"language"}:
-            if adapters[part].bits:
-                raise ValueError(f"has train.{part}.lora.bits=4; only train.language takes it")
-        return self
+            yield "has train.connector.lora; a connector is trained whole"
+        for part, lora in adapters.items():
+            if lora.bits and part != "language":
+                yield f"has train.{part}.lora.bits=4; only train.language takes it"
 
 
 @dataclass(frozen=True)

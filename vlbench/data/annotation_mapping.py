@@ -7,15 +7,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
 from pathlib import Path, PurePath
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal
 
-from pydantic import (
-    AfterValidator,
-    BeforeValidator,
-    field_validator,
-    model_validator,
-)
+from pydantic import AfterValidator, BeforeValidator, field_validator
 
 from vlbench.config.key_types import RecipeSection, key
 from vlbench.data.mapping_texts import LinePattern, TextTemplate, parse_template
@@ -55,11 +51,10 @@ class FileRecords(RecipeSection):
     )
     lines: str | None = key("pattern of a line, where the file is no JSON", None)
 
-    @model_validator(mode="after")
-    def _check_pattern(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield that the file cannot be JSON and lines."""
         if self.lines is not None and self.at is not None:
-            raise ValueError("takes at (JSON) or lines, not both")
-        return self
+            yield "takes at (JSON) or lines, not both"
 
     @field_validator("lines")
     @classmethod
@@ -87,13 +82,12 @@ class BoxText(RecipeSection):
         "shares of the picture padded to a square, as LLaVA's, or of the picture", "square"
     )
 
-    @model_validator(mode="after")
-    def _check_corners(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong with the paths to a box."""
         if (self.xywh is None) == (self.xyxy is None):
-            raise ValueError("takes xywh or xyxy")
+            yield "takes xywh or xyxy"
         if len(self.corners) not in (1, 4):
-            raise ValueError(f"has {len(self.corners)} paths to a box; expected four, or one")
-        return self
+            yield f"has {len(self.corners)} paths to a box; expected four, or one"
 
     @property
     def corners(self) -> tuple[str, ...]:
@@ -142,25 +136,25 @@ class AnnotationMapping(FileRecords):
             raise ValueError("is an empty mapping; leave it out")
         return value
 
-    @model_validator(mode="after")
-    def _check_names(self) -> Self:
+    def find_conflicts(self) -> Iterator[str]:
+        """Yield what is wrong between texts and the names that they use."""
+        yield from super().find_conflicts()
         used = {path for text in self.texts.values() for path in text.paths}
         if "box" in used and self.box is None:
-            raise ValueError("has {box} in a text, but no box: that says where it is")
+            yield "has {box} in a text, but no box: that says where it is"
         if self.each and self.turns:
-            raise ValueError("takes each or turns, not both")
+            yield "takes each or turns, not both"
         for name in (*self.each, *self.turns, *(self.join or {})):
             if "." in name or name in OWN_NAMES:
-                raise ValueError(f"has '{name}' in each, turns or join; expected a plain name")
+                yield f"has '{name}' in each, turns or join; expected a plain name"
         if self._uses_split(*self._split_places, *self._wanted_texts) and not self.splits:
-            raise ValueError("has {split}, but no splits: that says what it is")
+            yield "has {split}, but no splits: that says what it is"
         several = [name for name, texts in (self.splits or {}).items() if len(texts) != 1]
         if several and self._uses_split(*self._split_places):
-            raise ValueError(
+            yield (
                 f"has {{split}} in a text, and split '{several[0]}' has "
                 f"{len((self.splits or {})[several[0]])} texts; expected one"
             )
-        return self
 
     @staticmethod
     def _uses_split(*texts: str) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from vlbench.config.mixture_source import MixtureSource, parse_sampling
+from vlbench.config.data_schema import MixtureSource, parse_sampling
 from vlbench.data.conversation_files import find_bad_samples
 from vlbench.data.record_choice import RecordChoice
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample, SampleSource

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import MutableMapping
 from pathlib import Path
 
-from vlbench.config.mixture_source import MixtureSource
+from vlbench.config.data_schema import MixtureSource
 from vlbench.config.stage_schema import StageData
 from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles

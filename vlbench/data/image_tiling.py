@@ -23,7 +23,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlbench.config.key_types import TilingRule
+from vlbench.config.model_schema import TilingRule
 from vlbench.data.sample import LazyImage
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from vlbench.config.key_types import SampleFormat
+from vlbench.config.stage_schema import SampleFormat
 from vlbench.data.chat_template import ChatTemplate, TextPiece
 from vlbench.data.image_tiling import count_views
 from vlbench.data.sample import (

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from vlbench.config.key_types import ViewTags
+from vlbench.config.model_schema import ViewTags
 from vlbench.data.image_size import read_image_size
 from vlbench.data.image_tiling import SINGLE_VIEW, Grid, ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage, Sample

@@ -10,8 +10,8 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlbench.config.data_schema import DataConfig
 from vlbench.config.schema import Recipe, TrainerConfig
-from vlbench.config.stage_schema import DataConfig
 from vlbench.errors import UserError
 
 MEMORY_FILE, CGROUP_FOLDER = Path("/proc/meminfo"), Path("/sys/fs/cgroup")

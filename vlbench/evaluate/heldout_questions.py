@@ -9,7 +9,8 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-from vlbench.config.stage_schema import DataConfig, StageData
+from vlbench.config.data_schema import DataConfig
+from vlbench.config.stage_schema import StageData
 from vlbench.data.data_sources import (
     LARGE_SCENES_SOURCE,
     RENDERED_SOURCES,

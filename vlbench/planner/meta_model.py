@@ -74,7 +74,9 @@ def build_meta_vlm(
     """
     folder = Path(config.language.weights).expanduser()
     local = folder.is_dir()
-    language = config.language if local else config.language.with_random_weights()
+    language = config.language
+    if not local:
+        language = language.model_copy(update={"weights": "random"})
     encoder, language_config = meta_encoder_and_config(replace(config, language=language))
     encoder.set_image_size(stage.image_size)
     if depth is not None:

@@ -84,8 +84,7 @@ def stage_samples(
     of what the data say; None leaves it to the data.
     """
     stage, stage_name = stage_data.stage, stage_data.stage_name
-    has_data = stage_data.config.train is not None or stage_data.config.mix is not None
-    is_read = has_data and not (sample_count and text_tokens)
+    is_read = stage_data.config.is_given and not (sample_count and text_tokens)
     data = open_stage_mixture(stage_data) if is_read else None
     if sample_count is None:
         sample_count = len(data) if data is not None else YI_VL_SAMPLE_COUNTS.get(stage_name)

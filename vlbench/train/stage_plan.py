@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NoReturn
 
+from vlbench.config.data_schema import DataConfig
 from vlbench.config.key_types import PART_NAMES
-from vlbench.config.stage_schema import DataConfig, StageConfig, StageData
+from vlbench.config.stage_schema import StageConfig, StageData
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.chosen_samples import base_source, source_identity
 from vlbench.data.data_sources import (
