@@ -78,7 +78,8 @@ def list_place_questions(scene: RenderedScene, language: str) -> list[SceneQuest
             else:
                 text, answer = f"What is {side} the {name}?", f"{told}."
             pairs = (thing.colour_shape, beside.colour_shape)
-            asked.append(SceneQuestion("place", language, text, answer, pairs))
+            cells = (thing.cell, beside.cell)
+            asked.append(SceneQuestion("place", language, text, answer, pairs, cells))
     return asked
 
 
@@ -105,6 +106,7 @@ def list_fine_questions(scene: RenderedScene, language: str) -> list[SceneQuesti
             DOT_QUESTIONS[language],
             f"{object_name(t, 'zh')}。" if language == "zh" else f"The {object_name(t, 'en')}.",
             (t.colour_shape,),
+            (t.cell,),
         )
         for t in scene.objects
         if t.has_dot
