@@ -49,6 +49,9 @@ RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connecto
 """Keys that a run may change when it is resumed; so may `workers` of any data."""
 
 
+INFORMATION_FILE = "information.json"  # what information probes found
+
+
 class RunFolder:
     """The folder of a run, open for training."""
 
@@ -58,6 +61,7 @@ class RunFolder:
         self.checkpoints_folder = folder / "checkpoints"
         self.recipe_file = folder / "recipe.yaml"
         self.results_file = folder / "results.json"
+        self.information_file = folder / INFORMATION_FILE
         self.quarantine_file = folder / "quarantine.jsonl"
         self.versions_file = folder / "versions.json"
 
@@ -89,6 +93,10 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True if the run has its results."""
         return self.results_file.is_file()
+
+    def is_complete(self, wants_information: bool) -> bool:
+        """True if the run has its results and, where they are wanted, its information probes."""
+        return self.is_finished and (self.information_file.is_file() or not wants_information)
 
     @property
     def latest_position(self) -> RunPosition | None:

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.errors import UserError
 from vlbench.text_files import read_json
+from vlbench.train.run_folder import INFORMATION_FILE
 
-INFORMATION_FILE = "information.json"
 PLACE_LABELS = {
     "encoder": "in the encoder",
     "connector": "behind the connector",
