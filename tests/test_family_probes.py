@@ -22,7 +22,7 @@ from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import probe_information
 from vlbench.evaluate.place_features import PlaceFeatures
 from vlbench.evaluate.region_reading import attribute_accuracies, read_regions
-from vlbench.evaluate.token_grid import TokenGrid
+from vlbench.data.token_grid import TokenGrid
 
 WIDTH, GRID = 48, 8
 CODES = {

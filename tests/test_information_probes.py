@@ -297,7 +297,7 @@ def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch, capsys) 
     assert (tmp_path / "run/results.json").read_bytes() == results
     told = json.loads(file.read_text(encoding="utf-8"))
     assert len(told["questions"]) == 100 and told["not_probed"] == {}
-    assert set(told["labels"]) == {"gist", "crowd", "fine, place", "glyphs", "many"}
+    assert set(told["labels"]) == {"gist", "crowd", "fine and place", "glyphs", "many"}
     assert all(set(places) == set(told["places"]) for places in told["labels"].values())
     assert told["labels"]["crowd"]["encoder"]["colour"] > 0.8
     shutil.rmtree(tmp_path / "run/checkpoints")

@@ -118,7 +118,9 @@ def _probe_features(
 def pictures_kind(sample: Sample) -> PicturesKind | None:
     """Return the kind of a sample's pictures; None where they have no labels, or are of several."""
     kinds = {one.kind if isinstance(one, LabelledPicture) else "" for one in sample.images}
-    return PicturesKind(kinds.pop(), len(sample.images) > 1) if len(kinds) == 1 != {""} else None
+    if len(kinds) != 1 or "" in kinds:
+        return None
+    return PicturesKind(kinds.pop(), len(sample.images) > 1)
 
 
 def _wanted_pictures(vlm: LoadedVLM, question: EvalQuestion) -> int:
@@ -192,10 +194,9 @@ def _picture_bytes(vlm: LoadedVLM, sample: Sample) -> int:
 
 def _join_kinds(readings: Sequence[KindReadings]) -> dict[str, Any]:
     """Return what was read of all kinds together."""
-    overlap = torch.cat([one.neighbour_overlap for one in readings])
-    chances = [NEIGHBOUR_COUNT / (len(one.neighbour_overlap) - 1) for one in readings]
-    weights = [len(one.neighbour_overlap) / len(overlap) for one in readings]
-    chance = sum(share * weight for share, weight in zip(chances, weights, strict=True))
+    overlaps = [one.neighbour_overlap for one in readings if one.neighbour_overlap is not None]
+    overlap = torch.cat(overlaps)
+    chance = sum(NEIGHBOUR_COUNT / (len(one) - 1) * len(one) for one in overlaps) / len(overlap)
     return {
         "training_pictures": {one.families: one.training_pictures for one in readings},
         "places": dict(zip(PLACES, readings[0].shapes, strict=True)),

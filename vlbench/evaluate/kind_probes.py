@@ -28,10 +28,10 @@ from vlbench.evaluate.label_reading import (
     picture_rows,
     read_labels,
 )
-from vlbench.evaluate.neighbour_overlap import neighbour_overlap
+from vlbench.evaluate.neighbour_overlap import NEIGHBOUR_COUNT, neighbour_overlap
 from vlbench.evaluate.place_features import PLACES, PlaceFeatures
 from vlbench.evaluate.region_reading import attribute_accuracies, read_regions
-from vlbench.evaluate.token_grid import TokenGrid
+from vlbench.data.token_grid import TokenGrid
 
 MIN_TRAINING_PICTURES = MIN_TRAINING_ROWS
 
@@ -43,7 +43,7 @@ class KindReadings(NamedTuple):
     """What probes of one kind of pictures read."""
 
     families: str
-    """Of the questions: "fine, place"."""
+    """Of the questions: "fine and place"."""
     training_pictures: int
     shapes: list[list[int]]
     """Tokens and width at each place."""
@@ -52,8 +52,8 @@ class KindReadings(NamedTuple):
     control_accuracies: dict[str, Mapping[str, float]]
     questions: list[dict[str, Any]]
     """Id and flags of each question, as in information.json."""
-    neighbour_overlap: Tensor
-    """`[pictures]`"""
+    neighbour_overlap: Tensor | None
+    """`[pictures]`; None where these are too few to have neighbours."""
 
 
 class _PlaceReading(NamedTuple):
@@ -100,7 +100,7 @@ def probe_kind(
         )
         unsure = [not one for one in whole.is_read]
     return KindReadings(
-        families=", ".join(sorted({one.family for one in questions})),
+        families=" and ".join(sorted({one.family for one in questions})),
         training_pictures=len(training.encoder),
         shapes=[list(one.shape[1:]) for one in held_out],
         accuracies={place: one.accuracies for place, one in readings.items()},
@@ -114,7 +114,9 @@ def probe_kind(
             | ({"unsure": 1} if unsure[number] else {})
             for number, question in enumerate(questions)
         ],
-        neighbour_overlap=neighbour_overlap(held_out.encoder, held_out.connector),
+        neighbour_overlap=neighbour_overlap(held_out.encoder, held_out.connector)
+        if len(held_out.encoder) > NEIGHBOUR_COUNT
+        else None,
     )
 
 

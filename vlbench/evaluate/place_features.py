@@ -24,7 +24,7 @@ from vlbench.core_sharing import share_cores
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import Sample
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
-from vlbench.evaluate.token_grid import TokenGrid
+from vlbench.data.token_grid import TokenGrid
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
