@@ -17,12 +17,12 @@ from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import LANGUAGES
 from vlbench.data.scene_world import COLOURS, SHAPES, RenderedScene
+from vlbench.data.token_grid import TokenGrid
 from vlbench.evaluate import information_probes
 from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import probe_information
 from vlbench.evaluate.place_features import PlaceFeatures
 from vlbench.evaluate.region_reading import attribute_accuracies, read_regions
-from vlbench.data.token_grid import TokenGrid
 
 WIDTH, GRID = 48, 8
 CODES = {

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from vlbench.data.token_grid import TokenGrid
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.label_reading import (
     MIN_TRAINING_ROWS,
@@ -31,7 +32,6 @@ from vlbench.evaluate.label_reading import (
 from vlbench.evaluate.neighbour_overlap import NEIGHBOUR_COUNT, neighbour_overlap
 from vlbench.evaluate.place_features import PLACES, PlaceFeatures
 from vlbench.evaluate.region_reading import attribute_accuracies, read_regions
-from vlbench.data.token_grid import TokenGrid
 
 MIN_TRAINING_PICTURES = MIN_TRAINING_ROWS
 

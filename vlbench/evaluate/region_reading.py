@@ -18,9 +18,9 @@ from torch import Tensor
 from torch.nn.functional import one_hot
 
 from vlbench.data.picture_labels import LabelledPicture, LabelledRegion
+from vlbench.data.token_grid import TokenGrid
 from vlbench.evaluate.label_reading import EXCHANGE_SEED, Labels
 from vlbench.evaluate.linear_probe import ProbeSpace
-from vlbench.data.token_grid import TokenGrid
 
 MAX_TRAINING_REGIONS = 3000  # that a probe is fitted on, of the first pictures
 _MARKED, _PLAIN = "marked", "plain"
