@@ -32,6 +32,7 @@ from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.run_results_file import INFORMATION_FILE
 from vlbench.version import __version__
 
 NEW_RUNS_FOLDER = "runs"  # of runs that a command does not name
@@ -47,9 +48,6 @@ RECORDED_PACKAGES = (
 
 RESUMABLE_KEYS = ("trainer", "log", "run", "dry_run", "profile", "trust_connector")
 """Keys that a run may change when it is resumed; so may `workers` of any data."""
-
-
-INFORMATION_FILE = "information.json"  # what information probes found
 
 
 class RunFolder:

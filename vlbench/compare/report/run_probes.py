@@ -8,7 +8,7 @@ from typing import NamedTuple
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.errors import UserError
 from vlbench.text_files import read_json
-from vlbench.train.run_folder import INFORMATION_FILE
+from vlbench.train.run_results_file import INFORMATION_FILE
 
 PLACE_LABELS = {
     "encoder": "in the encoder",
