@@ -105,8 +105,11 @@ def test_what_is_not_attributed_is_counted_and_named(tmp_path, capsys):
     assert sorted(row.not_attributed.values()) == [100, 100]
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "100 wrong answers are not attributed: the features are not finite." in said
-    assert "100 wrong answers are not attributed: the connector's tokens have no places" in said
+    assert "wrong answers that are not attributed: 100, as the features are not finite." in said
+    assert (
+        "wrong answers that are not attributed: 100, as the connector's tokens have no places"
+        in said
+    )
 
 
 def test_probes_that_do_not_read_right_answers_are_doubted(tmp_path, capsys):

@@ -121,7 +121,7 @@ def information_notes(information: InformationLoss) -> Iterator[str]:
 def _row_notes(row: RowInformation) -> Iterator[str]:
     """Yield sentences on what is not attributed, and on families whose probes read too little."""
     for reason, count in row.not_attributed.items():
-        yield f"{row.row_name}: {count:,} wrong answers are not attributed: {reason}."
+        yield f"{row.row_name}: wrong answers that are not attributed: {count:,}, as {reason}."
     weak = [
         f"{kind.kind} {kind.read_of_right[LOST_IN_CONNECTOR]:.0%}"
         for kind in row.kinds
