@@ -59,6 +59,7 @@ def stand_in(monkeypatch, change, **connector) -> SimpleNamespace:
     monkeypatch.setattr(information_probes, "compute_place_features", compute)
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 200)
     monkeypatch.setattr(information_probes, "PICTURES_WITH_REGIONS", 120)
+    monkeypatch.setattr(information_probes, "PICTURES_WITHOUT_PLACES", 200)
     options = {"replaces_image_tokens": True, "token_grid": (GRID, GRID), "latent_grid": None}
     return SimpleNamespace(
         connector=SimpleNamespace(**options | connector),

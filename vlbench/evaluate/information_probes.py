@@ -31,8 +31,9 @@ from vlbench.evaluate.place_features import (
 )
 from vlbench.model.loaded_vlm import LoadedVLM
 
-TRAINING_PICTURES = 1000  # that probes of a kind are fitted on
-PICTURES_WITH_REGIONS = 400  # the same where one probe reads each of a picture's many regions
+TRAINING_PICTURES = 500  # that probes of a kind are fitted on
+PICTURES_WITH_REGIONS = 300  # the same where one probe reads each of a picture's many regions
+PICTURES_WITHOUT_PLACES = 1000  # and where regions are read from all tokens, which have no places
 SEARCHED_SAMPLES = 10_000  # in which they are looked for
 MIN_QUESTIONS = 100  # with fewer, the wrong answers are too few to say where information goes
 MAX_FEATURE_BYTES = 1 << 30  # of one place
@@ -125,9 +126,9 @@ def pictures_kind(sample: Sample) -> PicturesKind | None:
 
 def _wanted_pictures(vlm: LoadedVLM, question: EvalQuestion) -> int:
     """Return how many training pictures probes of the question's kind are fitted on."""
-    has_regions = all(image.regions for image in _labelled(question.sample))
-    has_places = all(token_grids(vlm).values())
-    return PICTURES_WITH_REGIONS if has_regions and has_places else TRAINING_PICTURES
+    if not all(image.regions for image in _labelled(question.sample)):
+        return TRAINING_PICTURES
+    return PICTURES_WITH_REGIONS if all(token_grids(vlm).values()) else PICTURES_WITHOUT_PLACES
 
 
 def training_questions(
