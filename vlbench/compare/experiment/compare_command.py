@@ -156,7 +156,10 @@ def _is_done(job: TrainingJob) -> bool:
 
 
 def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict[Path, str]:
-    """Train the unfinished jobs; return folder -> reason of those that failed."""
+    """Train the unfinished jobs, and probe finished ones that lack it; return those that failed.
+
+    The result is folder -> reason.
+    """
     failed: dict[Path, str] = {}
     started_at = time.monotonic()
     start_times: dict[TrainingJob, float] = {}
@@ -191,7 +194,8 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     def start_job(job: TrainingJob) -> None:
         shared = copy_shared_stages(grid, *rows[job.folder]) if job.folder in rows else ""
         copied = f"{shared}; " if shared else ""
-        print(f"{titles[job]}: {copied}trains, log in {job.log_file}", flush=True)
+        does = "is probed" if RunFolder(job.folder).is_finished else "trains"
+        print(f"{titles[job]}: {copied}{does}, log in {job.log_file}", flush=True)
         start_times[job] = time.monotonic()
 
     def finish_job(job: TrainingJob, exit_code: int) -> None:
