@@ -17,6 +17,9 @@ from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.html_report import render_html
 from vlbench.compare.report.information_loss import (
     LOSSES,
+    KindInformation,
+    LossCount,
+    ShareEstimate,
     find_information_loss,
     losses_of_answers,
 )
@@ -120,10 +123,20 @@ def test_probes_that_do_not_read_right_answers_are_doubted(tmp_path, capsys):
     assert row.kinds[0].read_of_right == (1.0, 0.5, 1.0) and not row.kinds[0].is_trusted
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "1.00 / 0.50 / 1.00" in said and "may be the probe's fault" in said
+    assert "1.00 / 0.50 / 1.00" in said and "(colour 50%: about 0 of 0; shape 50%" in said
     add_probes(folder, lambda number: [1, 1, 1])
     assert main(["report", str(folder)]) == 0
-    assert "may be the probe's fault" not in capsys.readouterr().out
+    assert "read only a part" not in capsys.readouterr().out
+
+
+def test_what_weak_probes_may_have_missed_is_estimated():
+    """Of right answers half are read; of wrong ones 10 are, so about 10 more were there."""
+    share = ShareEstimate(0.5, 0.4, 0.6)
+    losses = tuple(LossCount(count, share) for count in (5, 30, 4, 6, 0))
+    kind = KindInformation("crowd", 300, (share,) * 3, (1.0, 0.5, 0.5), 0.0, 45, losses)
+    assert not kind.is_trusted and kind.missed_count == 10
+    few = KindInformation("crowd", 300, (share,) * 3, (), 0.0, 45, losses)
+    assert few.is_trusted and few.missed_count == 0
 
 
 def test_tables_are_in_both_reports(tmp_path, capsys):

@@ -83,6 +83,17 @@ class KindInformation:
         """Whether probes behind the connector read most of what right answers rest on."""
         return not self.read_of_right or self.read_of_right[LOST_IN_CONNECTOR] >= TRUSTED_SHARE
 
+    @property
+    def missed_count(self) -> int:
+        """Wrong answers lost in the connector of which its probes may have missed what is there.
+
+        That is so if they read as large a share of what is there as they do of right answers.
+        """
+        share = self.read_of_right[LOST_IN_CONNECTOR] if self.read_of_right else 1.0
+        lost = self.losses[LOST_IN_CONNECTOR].answers
+        behind = sum(one.answers for one in self.losses[LOST_IN_CONNECTOR + 1 : NOT_ATTRIBUTED])
+        return min(lost, round(behind / share - behind)) if share else lost
+
 
 @dataclass(frozen=True)
 class RowInformation:

@@ -123,14 +123,16 @@ def _row_notes(row: RowInformation) -> Iterator[str]:
     for reason, count in row.not_attributed.items():
         yield f"{row.row_name}: wrong answers that are not attributed: {count:,}, as {reason}."
     weak = [
-        f"{kind.kind} {kind.read_of_right[LOST_IN_CONNECTOR]:.0%}"
+        f"{kind.kind} {kind.read_of_right[LOST_IN_CONNECTOR]:.0%}: about {kind.missed_count:,} of "
+        f"{kind.losses[LOST_IN_CONNECTOR].answers:,}"
         for kind in row.kinds
         if kind.kind != ALL_KINDS and not kind.is_trusted
     ]
     if weak:
         yield (
             f"{row.row_name}: of what right answers rest on, probes behind the connector read only "
-            f"a part ({_names(weak)}). There 'lost in the connector' may be the probe's fault."
+            "a part. If they miss as much of what is there for wrong ones, so many of those 'lost "
+            f"in the connector' are not ({'; '.join(weak)})."
         )
 
 
