@@ -126,7 +126,7 @@ def test_pictures_have_the_evidence_of_their_own_questions(family, language):
             assert evidence
             assert all(pictures[e.picture].labels[e.label] in e.values for e in evidence)
             assert {e.picture for e in evidence} == {one.picture}
-            counts = {"crowd": 2, "place": 4, "fine": 3, "glyphs": len(pictures[0].objects)}
+            counts = {"crowd": 1, "place": 4, "fine": 3, "glyphs": len(pictures[0].objects)}
             assert len(evidence) == counts.get(one.type, len(evidence))
 
 

@@ -24,6 +24,8 @@ class LabelledRegion(NamedTuple):
     """Name of an attribute -> its value; all regions of pictures of a kind have the same names."""
     labels: Mapping[str, str]
     """Name of an attribute -> the label of the picture that has its value."""
+    named_by: Mapping[str, str] = {}
+    """An attribute that is asked for -> the other one by which questions name the region."""
     marks: Mapping[str, bool] = {}
     """A label of the picture that names one of its regions, the marked one -> is it this one?"""
 

@@ -30,8 +30,9 @@ def question_evidence(
 
     Of the objects that the question is about, these are the attributes that it names and those
     that its answer names, each in the cell where the object is: an object that is read elsewhere
-    does not count. A question for a number rests on every quarter: does an object there count?
-    One for a word rests on each of its letters, one for what has the dot on where the dot is.
+    does not count. In a crowd it is what the answer names alone. A question for a number rests on
+    every quarter: does an object there count? One for a word rests on each of its letters, one for
+    what has the dot on where the dot is.
     """
     for question in list_picture_questions(pictures, language):
         if (question.type, question.text) == (question_type, text):
@@ -52,7 +53,8 @@ def _scene_evidence(scene: RenderedScene, question: SceneQuestion) -> Iterator[E
 
 
 def _object_evidence(scene: RenderedScene, question: SceneQuestion) -> Iterator[Evidence]:
-    told = f"{question.text} {question.answer}".lower()
+    # an object of a crowd is found by what the question names, wherever it is
+    told = f"{'' if question.type == 'crowd' else question.text} {question.answer}".lower()
     for one in scene.objects:
         if one.colour_shape not in question.relevant_pairs:
             continue

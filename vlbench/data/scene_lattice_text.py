@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vlbench.data.scene_lattice import CROWD_EXTENT, LATTICE
+from vlbench.data.scene_lattice import LATTICE
 from vlbench.data.scene_text import SceneQuestion, list_attribute_questions, object_name
-from vlbench.data.scene_world import RenderedScene, SceneObject
+from vlbench.data.scene_world import CROWD_EXTENT, RenderedScene, SceneObject
 
 ROW_NAMES, COLUMN_NAMES = "1234", "abcd"  # of the lattice, from the top and from the left
 DOT_QUESTIONS = {"en": "Which object has a dot?", "zh": "哪个物体上有圆点？"}

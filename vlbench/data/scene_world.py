@@ -44,6 +44,7 @@ QUARTERS = 2  # cells along a side of a gist scene's grid
 # Radii of objects in pixels, by the number of cells along a side: at 4 an object is about as large
 # as a patch of 14 pixels, and never touches its neighbours.
 _RADII = {2: (16.0, 25.0), 4: (9.0, 12.5)}
+CROWD_EXTENT = 68.0  # pixels along a side of a lattice of the family crowd: cells of 17
 MAX_LETTERS = 6  # of a scene of letters
 EMPTY_CELL = "none"  # the value of a label of a cell without an object, of a letter beyond the last
 DOT_LABEL = "cell with a dot"  # the label of a scene of small objects for where its dot is
@@ -118,6 +119,7 @@ class RenderedScene:
             *place,
             {"colour": one.colour, "shape": one.shape},
             {"colour": colour_label(one.cell), "shape": shape_label(one.cell)},
+            {"colour": "shape", "shape": "colour"} if self.extent == CROWD_EXTENT else {},
             {DOT_LABEL: one.has_dot},
         )
 

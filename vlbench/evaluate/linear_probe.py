@@ -60,7 +60,8 @@ class ProbeSpace:
         is_constant = spread <= CONSTANT_SPREAD * flat.abs().amax(0).clamp(min=1e-30)
         width = max(1, int((~is_constant).sum()))
         self._scale = torch.where(is_constant, 0.0, 1 / (spread.clamp(min=1e-30) * width**0.5))
-        self._training = (flat - self._mean) * self._scale
+        self._kept = (~is_constant).nonzero()[:, 0] if width > 1 else torch.arange(flat.shape[1])
+        self._training = self._standardize(flat)
         count, width = self._training.shape
         if count <= width:
             inner_products = (self._training @ self._training.T).double()
@@ -88,8 +89,11 @@ class ProbeSpace:
 
         Inner products with the training pictures or, where features are narrower, their components.
         """
-        standard = (self._flatten(features) - self._mean) * self._scale
-        return (standard @ self._basis).double()
+        return (self._standardize(self._flatten(features)) @ self._basis).double()
+
+    def _standardize(self, flat: Tensor) -> Tensor:
+        """Return rows in units of the training pictures' spread, without what is constant there."""
+        return ((flat - self._mean) * self._scale)[:, self._kept]
 
     @staticmethod
     def _flatten(features: Tensor) -> Tensor:

@@ -14,10 +14,11 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
 
-from vlbench.data.scene_lattice import CROWD_EXTENT, make_lattice_scene
+from vlbench.data.scene_lattice import make_lattice_scene
 from vlbench.data.scene_letters import make_letter_scene
 from vlbench.data.scene_text import LANGUAGES, scene_caption
 from vlbench.data.scene_world import (
+    CROWD_EXTENT,
     IMAGE_SIDE,
     UNSEEN_PAIRS,
     RenderedScene,
