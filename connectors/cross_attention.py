@@ -134,6 +134,7 @@ class CrossAttentionConnector(Connector):
             raise ValueError(
                 f"connector cross_attention: mlp_ratio is {mlp_ratio}; it must be above 0"
             )
+        self.latent_grid = shapes.grid
         self.inject_layers = tuple(i for i in range(shapes.lm_layers) if (i + 1) % every == 0)
         self.vision_layers = (shapes.vision_layer, *blocks) if blocks else ()
         width, hidden = shapes.lm_width, max(1, round(shapes.lm_width * mlp_ratio))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -28,7 +29,8 @@ from vlbench.data.view_layout import ViewSettings
 from vlbench.evaluate import information_probes
 from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import (
-    label_names,
+    PicturesKind,
+    pictures_kind,
     probe_information,
     training_questions,
 )
@@ -39,7 +41,7 @@ from vlbench.evaluate.place_features import (
 )
 
 SCENES = [make_scene("test", 0, index) for index in range(150)]
-GIST_LABELS = [tuple(sorted(SCENES[0].labels))]
+GIST = PicturesKind(SCENES[0].kind, False)
 
 
 def gist_questions() -> list[EvalQuestion]:
@@ -56,7 +58,7 @@ def test_evidence_decides_the_answer(language):
     for scene, other in pairwise(SCENES):
         asked_there = {(one.type, one.text): one.answer for one in list_questions(other, language)}
         for one in list_questions(scene, language):
-            evidence = question_evidence(scene, one.type, language, one.text)
+            evidence = question_evidence([scene], one.type, language, one.text)
             assert evidence and has_evidence(scene.labels, evidence)
             if has_evidence(other.labels, evidence):
                 assert asked_there.get((one.type, one.text), one.answer) == one.answer
@@ -69,11 +71,11 @@ def test_evidence_is_what_a_question_names_and_asks_for(kind, count):
     for scene in SCENES:
         for one in list_questions(scene, "en"):
             if one.type == kind:
-                assert len(question_evidence(scene, kind, "en", one.text)) == count
+                assert len(question_evidence([scene], kind, "en", one.text)) == count
 
 
 def test_a_text_that_is_no_question_about_a_scene_has_no_evidence():
-    assert question_evidence(SCENES[0], "colour", "en", "What is it?") == ()
+    assert question_evidence(SCENES[:1], "colour", "en", "What is it?") == ()
     assert isinstance(SCENES[0], LabelledPicture)
     assert not isinstance(SimpleNamespace(name="a.jpg", open=None), LabelledPicture)
 
@@ -82,12 +84,12 @@ def test_probes_are_fitted_on_training_pictures_that_no_question_is_about():
     stage_data = recipes.load_recipe(
         ["recipe=yivl_llava", "seed=3", "data.samples=100"]
     ).last_stage_data
-    fitted_on = training_questions(stage_data, set(), GIST_LABELS)
+    fitted_on = training_questions(stage_data, set(), {GIST: 1000})[GIST]
     names = [one.sample.images[0].name for one in fitted_on]
     assert 20 <= len(fitted_on) < 100 and all("conversations-3-" in name for name in names)
-    assert all(label_names(one.sample) == GIST_LABELS for one in fitted_on)
+    assert all(pictures_kind(one.sample) == GIST for one in fitted_on)
     assert not set(names) & {one.picture for one in scene_questions("new")}
-    left = training_questions(stage_data, set(names[:1]), GIST_LABELS)
+    left = training_questions(stage_data, set(names[:1]), {GIST: 1000})[GIST]
     assert [one.sample.id for one in left] == [one.sample.id for one in fitted_on[1:]]
     assert all(one.sample.turns[-1].role == "human" and one.answer for one in fitted_on)
 
@@ -118,8 +120,9 @@ def fake_model(monkeypatch, **kept: tuple[str, ...]) -> SimpleNamespace:
     monkeypatch.setattr(information_probes, "compute_place_features", compute)
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 300)
     return SimpleNamespace(
-        connector=SimpleNamespace(replaces_image_tokens=True),
+        connector=SimpleNamespace(replaces_image_tokens=True, token_grid=None, latent_grid=None),
         processor=SimpleNamespace(view_layout=None),
+        model=SimpleNamespace(vision=SimpleNamespace(grid=(8, 8))),
     )
 
 
@@ -142,13 +145,13 @@ def test_information_is_found_up_to_the_place_where_it_is_removed(monkeypatch):
     shares = read_by_type(told, questions)
     for kind in ("colour", "shape", "relation"):
         assert shares[kind][0] > 0.9 and shares[kind][1] > 0.9 and shares[kind][2] < 0.5
-    assert told["labels"]["language"]["shape of cell 2"] > 0.9
-    assert told["labels"]["connector"]["colour of cell 2"] > 0.9
-    assert told["labels"]["language"]["colour of cell 2"] < 0.5
+    assert told["labels"]["gist"]["language"]["shape of cell 2"] > 0.9
+    assert told["labels"]["gist"]["connector"]["colour of cell 2"] > 0.9
+    assert told["labels"]["gist"]["language"]["colour of cell 2"] < 0.5
     control = torch.tensor([one["control"] for one in told["questions"]]).double()
     assert float(control.mean(0).max()) < 0.25
     assert told["places"] == {"encoder": [3, 40], "connector": [3, 40], "language": [3, 40]}
-    assert told["training_pictures"] == 300 and told["neighbours"]["pictures"] == 300
+    assert told["training_pictures"] == {"gist": 300} and told["neighbours"]["pictures"] == 300
 
 
 def test_a_position_that_the_connector_forgets_is_lost_there(monkeypatch):
@@ -257,7 +260,7 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
             q.sample.id: q.answer
             for q in [
                 *questions,
-                *training_questions(recipe.last_stage_data, set(), GIST_LABELS),
+                *training_questions(recipe.last_stage_data, set(), {GIST: 1000})[GIST],
             ]
         }
         answers.extend(sorted(set(truth.values()) - set(answers)))
@@ -268,29 +271,36 @@ def test_answers_are_read_where_the_image_has_no_position_of_its_own(monkeypatch
     questions = gist_questions()[:200]
     recipe = recipes.load_recipe(["recipe=yivl_llava"])
     told = probe_information(recipe.last_stage_data, vlm, questions)
-    assert told["reads_answers"] and told["labels"]["language"]["answer"] > 0.95
+    assert told["reads_answers"] and told["labels"]["gist"]["language"]["answer"] > 0.95
     assert sum(one["read"][2] for one in told["questions"]) > 190
     assert sum(one["read"][1] for one in told["questions"]) < 60
 
 
 @pytest.mark.slow
-def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch) -> None:
+def test_a_run_holds_what_its_probes_found(tmp_path: Path, monkeypatch, capsys) -> None:
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 120)
     monkeypatch.setattr(information_probes, "MIN_QUESTIONS", 12)
+    monkeypatch.setattr(information_probes, "PICTURES_WITH_REGIONS", 120)
     words = [
         "fit",
         "recipe=yivl_llava",
         "only=chat",
         "stages.chat.steps=0",
         "log.tensorboard=false",
+        "log.questions=100",
+        f"run={tmp_path / 'run'}",
     ]
-    assert (
-        main(
-            [*words, "log.questions=100", "log.information_probes=true", f"run={tmp_path / 'run'}"]
-        )
-        == 0
-    )
-    told = json.loads((tmp_path / "run/information.json").read_text(encoding="utf-8"))
-    count = len(told["questions"])  # those of the family gist, about a sixth
-    assert 12 <= count <= 25 and set(told["places"]) == set(told["labels"])
-    assert told["neighbours"]["chance"] == pytest.approx(10 / (count - 1), abs=1e-4)
+    file = tmp_path / "run/information.json"
+    assert main(words) == 0 and not file.is_file()
+    results = (tmp_path / "run/results.json").read_bytes()
+    assert main([*words, "log.information_probes=true"]) == 0  # a finished run has none yet
+    assert (tmp_path / "run/results.json").read_bytes() == results
+    told = json.loads(file.read_text(encoding="utf-8"))
+    assert len(told["questions"]) == 100 and told["not_probed"] == {}
+    assert set(told["labels"]) == {"gist", "crowd", "fine and place", "glyphs", "many"}
+    assert all(set(places) == set(told["places"]) for places in told["labels"].values())
+    assert told["labels"]["crowd"]["encoder"]["colour"] > 0.8
+    shutil.rmtree(tmp_path / "run/checkpoints")
+    file.unlink()
+    assert main([*words, "log.information_probes=true"]) == 2
+    assert "its last checkpoint is gone" in capsys.readouterr().err

@@ -17,6 +17,9 @@ from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.html_report import render_html
 from vlbench.compare.report.information_loss import (
     LOSSES,
+    KindInformation,
+    LossCount,
+    ShareEstimate,
     find_information_loss,
     losses_of_answers,
 )
@@ -31,7 +34,7 @@ def add_probes(folder: Path, read: Callable[[int], list[int]], **changes: Any) -
         for number in range(300)
     ]
     found = {
-        "training_pictures": 1000,
+        "training_pictures": {"gist": 1000, "crowd": 400},
         "reads_answers": False,
         "questions": questions,
         "neighbours": {**NEIGHBOURS, "overlap": 0.5},
@@ -74,9 +77,9 @@ def test_wrong_answers_are_counted_by_row_and_kind(tmp_path):
         for name, row in rows.items()
         for kind in row.kinds
     }
-    assert counts["linear", "shape"] == [0, 300, 0, 0]
-    assert counts["linear", "colour"] == counts["llava_mlp", "colour"] == [0, 0, 0, 300]
-    assert counts["linear", "all"] == [0, 300, 0, 300]
+    assert counts["linear", "shape"] == [0, 300, 0, 0, 0]
+    assert counts["linear", "colour"] == counts["llava_mlp", "colour"] == [0, 0, 0, 300, 0]
+    assert counts["linear", "all"] == [0, 300, 0, 300, 0]
     everything = rows["linear"].kinds[0]
     assert everything.kind == "all" and everything.wrong_count == 600
     share = everything.losses[1].of_questions
@@ -85,6 +88,55 @@ def test_wrong_answers_are_counted_by_row_and_kind(tmp_path):
     assert everything.by_chance == pytest.approx(0.1)
     overlap = rows["linear"].neighbours
     assert overlap.share == 0.5 and overlap.low < 0.48 and information.missing == {}
+
+
+def test_what_is_not_attributed_is_counted_and_named(tmp_path, capsys):
+    """Of 300 wrong answers 100 are not probed, and of 200 a probe is too weak for half."""
+    folder = run(tmp_path / "llava", 0.0, 0)
+    add_probes(folder, lambda number: [1, 0, 0])
+    file = folder / "information.json"
+    found = json.loads(file.read_text())
+    for one in found["questions"][:100]:
+        one["unsure"] = 1
+    found["questions"] = found["questions"][:200]
+    found["not_probed"] = {"the features are not finite": [f"q{n}" for n in range(200, 300)]}
+    file.write_text(json.dumps(found))
+    (row,) = find_information_loss(of_folders(folder)).rows
+    everything = row.kinds[0]
+    assert [loss.answers for loss in everything.losses] == [0, 100, 0, 0, 200]
+    assert [one.share for one in everything.read] == [1.0, 0.0, 0.0]  # of what is probed
+    assert sorted(row.not_attributed.values()) == [100, 100]
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "wrong answers that are not attributed: 100, as the features are not finite." in said
+    assert (
+        "wrong answers that are not attributed: 100, as the connector's tokens have no places"
+        in said
+    )
+
+
+def test_probes_that_do_not_read_right_answers_are_doubted(tmp_path, capsys):
+    """All answers are right, and behind the connector half of them are read."""
+    folder = run(tmp_path / "llava", 1.0, 0)
+    add_probes(folder, lambda number: [1, number % 4 < 2, 1])
+    (row,) = find_information_loss(of_folders(folder)).rows
+    assert row.kinds[0].read_of_right == (1.0, 0.5, 1.0) and not row.kinds[0].is_trusted
+    assert main(["report", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "1.00 / 0.50 / 1.00" in said and "(colour 50%: about 0 of 0; shape 50%" in said
+    add_probes(folder, lambda number: [1, 1, 1])
+    assert main(["report", str(folder)]) == 0
+    assert "read only a part" not in capsys.readouterr().out
+
+
+def test_what_weak_probes_may_have_missed_is_estimated():
+    """Of right answers half are read; of wrong ones 10 are, so about 10 more were there."""
+    share = ShareEstimate(0.5, 0.4, 0.6)
+    losses = tuple(LossCount(count, share) for count in (5, 30, 4, 6, 0))
+    kind = KindInformation("crowd", 300, (share,) * 3, (1.0, 0.5, 0.5), 0.0, 45, losses)
+    assert not kind.is_trusted and kind.missed_count == 10
+    few = KindInformation("crowd", 300, (share,) * 3, (), 0.0, 45, losses)
+    assert few.is_trusted and few.missed_count == 0
 
 
 def test_tables_are_in_both_reports(tmp_path, capsys):
@@ -98,11 +150,11 @@ def test_tables_are_in_both_reports(tmp_path, capsys):
     assert main(["report", *map(str, folders), *outputs]) == 0
     text, page = capsys.readouterr().out, (tmp_path / "report.html").read_text()
     for shown in (text, page):
-        assert "What the connector loses" in shown and "1,000 training pictures" in shown
+        assert "What the connector loses" in shown and "1,000 for gist, 400 for crowd" in shown
         assert "linear: image positions hold no visual tokens" in shown
         assert "colour (150)" in shown and "0.500 (0.480 to 0.520)" in shown
     line = next(one for one in text.splitlines() if one.startswith("| linear | all (300)"))
-    assert "| 0 (0.0, 0.0 to" in line and line.count("|") == 8
+    assert "| 0 (0.0, 0.0 to" in line and line.count("|") == 9
     information = json.loads((tmp_path / "report.json").read_text())["information"]
     (told,) = [row for row in information["rows"] if row["name"] == "linear"]
     assert told["kinds"][0]["name"] == "all" and told["kinds"][0]["read"]["connector"]["share"] == 0

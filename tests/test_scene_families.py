@@ -21,10 +21,10 @@ from vlbench.data.scene_families import (
     picture_caption,
 )
 from vlbench.data.scene_lattice import LATTICE, MAX_OBJECTS, MIN_OBJECTS, make_lattice_scene
-from vlbench.data.scene_letters import MAX_LETTERS, MIN_LETTERS, make_letter_scene
+from vlbench.data.scene_letters import MIN_LETTERS, make_letter_scene
 from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import LANGUAGES, list_questions
-from vlbench.data.scene_world import COLOURS, IMAGE_SIDE, UNSEEN_PAIRS, RenderedScene
+from vlbench.data.scene_world import COLOURS, IMAGE_SIDE, MAX_LETTERS, UNSEEN_PAIRS, RenderedScene
 
 PICTURES = 150
 

@@ -8,7 +8,9 @@ from vlbench.config.schema import Recipe
 from vlbench.distributed import collectives
 from vlbench.distributed.launcher import final_exit_code, silent_exit_code
 from vlbench.distributed.process_group import join_process_group
-from vlbench.evaluate.run_results import write_results
+from vlbench.errors import UserError
+from vlbench.evaluate.run_results import write_information, write_results
+from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.process_settings import preserve_process_settings
 from vlbench.strict_values import yaml_text
 from vlbench.train import run_report
@@ -18,7 +20,7 @@ from vlbench.train.dry_run import dry_run_stages
 from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
 from vlbench.train.run_folder import RunFolder
-from vlbench.train.stage_plan import plan_stage_runs
+from vlbench.train.stage_plan import StageRun, plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.user_callbacks import build_user_callbacks
 
@@ -27,8 +29,9 @@ def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
     """Train a recipe, evaluate, and say what to try next; return the exit code and the run.
 
     The run is None after a dry run, and in all processes but the first.
-    A run that is finished shows its results; one that was stopped goes on, and a stopped one is
-    not evaluated.
+    A run that is finished shows its results; where `log.information_probes` asks for probes that it
+    does not have, they are made first. One that was stopped goes on, and a stopped one is not
+    evaluated.
     """
     with (
         preserve_process_settings(),
@@ -58,9 +61,12 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
     trainer = recipe.trainer.model_copy(update={"compile": choice.compiles})
     recipe = recipe.model_copy(update={"trainer": trainer})
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
-    if run.is_finished:
+    if run.is_complete(recipe.log.information_probes):
         print(f"{run.folder} is finished; these are its results.")
         return run_report.show_results(run), run
+    if run.is_finished:
+        _require_last_checkpoint(run, stage_runs[-1])
+        print(f"{run.folder} is finished; its information probes are made now.")
     run_report.show_run_start(
         f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}",
         recipe.trainer,
@@ -86,14 +92,26 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
         if not collectives.is_rank_zero():
             return 0, run
         training.finish_training(vlm)
-        is_complete = write_results(
-            recipe,
-            run,
-            vlm,
-            graceful_stop.is_stop_requested,
-            training.elapsed_seconds,
-            training.spent_by_stage(),
-        )
+        is_complete = _write_end(recipe, run, vlm, training)
         if not is_complete:
             return run_report.show_interrupted(run, graceful_stop.stop_reason), run
     return run_report.show_results(run), run
+
+
+def _write_end(recipe: Recipe, run: RunFolder, vlm: LoadedVLM, training: RunTraining) -> bool:
+    """Write the results, or what a finished run lacks; False if that was stopped."""
+    should_stop = training.graceful_stop.is_stop_requested
+    if run.is_finished:
+        return write_information(recipe, run, vlm, should_stop)
+    spent = training.spent_by_stage()
+    return write_results(recipe, run, vlm, should_stop, training.elapsed_seconds, spent)
+
+
+def _require_last_checkpoint(run: RunFolder, last: StageRun) -> None:
+    """Refuse to probe a finished run whose last checkpoint is gone: it would be trained again."""
+    position = run.latest_position
+    if position is None or (position.stage, position.step) != (last.stage_index, last.total_steps):
+        raise UserError(
+            f"run={run.folder} is finished, and its last checkpoint is gone: "
+            "log.information_probes=true needs it. Name a new run, or leave the probes out"
+        )

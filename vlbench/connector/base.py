@@ -122,6 +122,9 @@ class Connector(nn.Module):
     token_grid: tuple[int, int] | None = None
     """Rows and columns in which the visual tokens lie over the image, row by row, so that those of
     tiles make rows of the whole image, without what is padded; None: they have no places in it."""
+    latent_grid: tuple[int, int] | None = None
+    """Rows and columns in which what only `inject` uses lies over the image, row by row, where each
+    of it belongs to a place (keys and values of every patch); None: it has no places in it."""
     replaces_image_tokens: bool = True
     """What replaces the embeddings at image positions: the visual tokens, or (False) the learned
     `image_embedding`."""

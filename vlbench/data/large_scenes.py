@@ -13,7 +13,6 @@ import random
 from collections.abc import Sequence
 
 from vlbench.data.scene_letters import (
-    MAX_LETTERS,
     MIN_LETTERS,
     letter_caption,
     list_letter_questions,
@@ -22,6 +21,7 @@ from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import SceneQuestion, list_attribute_questions, scene_caption
 from vlbench.data.scene_world import (
     COLOURS,
+    MAX_LETTERS,
     QUARTERS,
     SEEN_PAIRS,
     RenderedScene,

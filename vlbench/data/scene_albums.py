@@ -40,7 +40,12 @@ def list_album_questions(album: Sequence[RenderedScene], language: str) -> list[
     ]
     return [
         SceneQuestion(
-            "many", language, _name_picture(text, number, language), q.answer, q.relevant_pairs
+            "many",
+            language,
+            _name_picture(text, number, language),
+            q.answer,
+            q.relevant_pairs,
+            picture=number,
         )
         for number, asked in enumerate(by_picture)
         for text, q in asked.items()

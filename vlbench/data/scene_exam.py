@@ -57,10 +57,10 @@ class HeldOutSceneQuestion:
 
     @property
     def evidence(self) -> tuple[Evidence, ...]:
-        """What must be read of the image for the right answer; of gist alone, () of others."""
-        if self.family != "gist":
+        """What must be read of the images for the right answer; () for large scenes."""
+        if self.family not in FAMILIES:
             return ()
-        return question_evidence(self.images[0], self.type, self.language, self.text)
+        return question_evidence(self.images, self.type, self.language, self.text)
 
     def to_sample(self) -> Sample:
         """Return the question and its answer as a conversation."""

@@ -16,7 +16,7 @@ import random
 from collections.abc import Sequence
 
 from vlbench.data.scene_albums import list_album_questions, make_album
-from vlbench.data.scene_lattice import CROWD_EXTENT, LATTICE, make_lattice_scene
+from vlbench.data.scene_lattice import LATTICE, make_lattice_scene
 from vlbench.data.scene_lattice_text import lattice_caption, list_lattice_questions
 from vlbench.data.scene_letters import (
     LETTER_GRID,
@@ -25,7 +25,7 @@ from vlbench.data.scene_letters import (
     make_letter_scene,
 )
 from vlbench.data.scene_text import QUESTION_TYPES, SceneQuestion, list_questions, scene_caption
-from vlbench.data.scene_world import RenderedScene, make_scene
+from vlbench.data.scene_world import CROWD_EXTENT, RenderedScene, make_scene
 
 FAMILIES = ("gist", "crowd", "place", "glyphs", "fine", "many")
 LATTICE_FAMILIES = ("place", "fine")  # asked about the same pictures

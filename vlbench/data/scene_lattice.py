@@ -27,7 +27,6 @@ LATTICE = 4  # cells along a side
 # of any blocks of patches that a connector may join. Rows and columns can be told from pixels
 # nevertheless: wherever it is, no row covers the middle of another.
 EXTENT = 96.0  # pixels along a side of the lattice, cells of 24
-CROWD_EXTENT = 68.0  # the same of the family crowd, cells of 17
 MIN_OBJECTS, MAX_OBJECTS = 6, LATTICE**2
 
 

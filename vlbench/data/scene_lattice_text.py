@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vlbench.data.scene_lattice import CROWD_EXTENT, LATTICE
+from vlbench.data.scene_lattice import LATTICE
 from vlbench.data.scene_text import SceneQuestion, list_attribute_questions, object_name
-from vlbench.data.scene_world import RenderedScene, SceneObject
+from vlbench.data.scene_world import CROWD_EXTENT, RenderedScene, SceneObject
 
 ROW_NAMES, COLUMN_NAMES = "1234", "abcd"  # of the lattice, from the top and from the left
 DOT_QUESTIONS = {"en": "Which object has a dot?", "zh": "哪个物体上有圆点？"}
@@ -78,7 +78,8 @@ def list_place_questions(scene: RenderedScene, language: str) -> list[SceneQuest
             else:
                 text, answer = f"What is {side} the {name}?", f"{told}."
             pairs = (thing.colour_shape, beside.colour_shape)
-            asked.append(SceneQuestion("place", language, text, answer, pairs))
+            cells = (thing.cell, beside.cell)
+            asked.append(SceneQuestion("place", language, text, answer, pairs, cells))
     return asked
 
 
@@ -105,6 +106,7 @@ def list_fine_questions(scene: RenderedScene, language: str) -> list[SceneQuesti
             DOT_QUESTIONS[language],
             f"{object_name(t, 'zh')}。" if language == "zh" else f"The {object_name(t, 'en')}.",
             (t.colour_shape,),
+            (t.cell,),
         )
         for t in scene.objects
         if t.has_dot

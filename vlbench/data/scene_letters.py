@@ -8,6 +8,7 @@ from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import SceneQuestion
 from vlbench.data.scene_world import (
     IMAGE_SIDE,
+    MAX_LETTERS,
     RenderedScene,
     SceneObject,
     draw_shade,
@@ -15,7 +16,7 @@ from vlbench.data.scene_world import (
 )
 
 LETTER_GRID = 8  # cells along a side: a letter has a cell of 14 pixels
-MIN_LETTERS, MAX_LETTERS = 2, 6
+MIN_LETTERS = 2
 _HALF_HEIGHTS = (5.5, 6.8)  # pixels
 _COLOURS = ("red", "green", "blue", "purple", "black")  # thin yellow strokes can hardly be seen
 LETTER_QUESTIONS = {"en": "Which letters are written here?", "zh": "图中写着哪些字母？"}

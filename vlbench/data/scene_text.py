@@ -55,6 +55,8 @@ class SceneQuestion:
     text: str
     answer: str
     relevant_pairs: tuple[tuple[str, str], ...]  # (colour, shape) pairs that determine the answer
+    relevant_cells: tuple[int, ...] = ()  # cells of these objects, where pairs do not name them
+    picture: int = 0  # which of several pictures it is about, from 0
 
 
 def object_name(scene_object: SceneObject, language: str) -> str:

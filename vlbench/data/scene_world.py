@@ -13,7 +13,8 @@ import random
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from vlbench.data.scene_painting import paint_background, paint_dot, paint_shape
+from vlbench.data.picture_labels import LabelledRegion
+from vlbench.data.scene_painting import LETTERS, paint_background, paint_dot, paint_shape
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -43,7 +44,10 @@ QUARTERS = 2  # cells along a side of a gist scene's grid
 # Radii of objects in pixels, by the number of cells along a side: at 4 an object is about as large
 # as a patch of 14 pixels, and never touches its neighbours.
 _RADII = {2: (16.0, 25.0), 4: (9.0, 12.5)}
-EMPTY_CELL = "none"  # the value of both labels of a cell without an object
+CROWD_EXTENT = 68.0  # pixels along a side of a lattice of the family crowd: cells of 17
+MAX_LETTERS = 6  # of a scene of letters
+EMPTY_CELL = "none"  # the value of a label of a cell without an object, of a letter beyond the last
+DOT_LABEL = "cell with a dot"  # the label of a scene of small objects for where its dot is
 
 
 @dataclass(frozen=True)
@@ -79,13 +83,49 @@ class RenderedScene:
     side: int = IMAGE_SIDE  # pixels, width and height
 
     @property
+    def kind(self) -> str:
+        """What scenes of the same family are called: by their grid, and how much it covers."""
+        return f"{self.grid} x {self.grid} cells on {self.extent:g} pixels"
+
+    @property
     def labels(self) -> dict[str, str]:
-        """Colour and shape of the object in each cell, EMPTY_CELL without one."""
+        """Its letters, or colour and shape of the object in each cell; EMPTY_CELL without one.
+
+        Of small objects also where the dot is.
+        """
+        if self._has_letters:
+            labels = {letter_label(number): EMPTY_CELL for number in range(MAX_LETTERS)}
+            return labels | {letter_label(n): one.shape for n, one in enumerate(self.objects)}
         names = (colour_label, shape_label)
         labels = {name(cell): EMPTY_CELL for cell in range(self.grid**2) for name in names}
         for one in self.objects:
             labels |= {colour_label(one.cell): one.colour, shape_label(one.cell): one.shape}
+        if self.grid > QUARTERS:
+            dotted = next((str(one.cell) for one in self.objects if one.has_dot), EMPTY_CELL)
+            labels[DOT_LABEL] = dotted
         return labels
+
+    @property
+    def regions(self) -> list[LabelledRegion]:
+        """Its letters or small objects; those of gist, which are large, are no regions."""
+        return [] if self.grid == QUARTERS else [*map(self._region, range(len(self.objects)))]
+
+    def _region(self, number: int) -> LabelledRegion:
+        one = self.objects[number]
+        place = str(one.cell), one.x / self.side, one.y / self.side
+        if self._has_letters:
+            return LabelledRegion(*place, {"letter": one.shape}, {"letter": letter_label(number)})
+        return LabelledRegion(
+            *place,
+            {"colour": one.colour, "shape": one.shape},
+            {"colour": colour_label(one.cell), "shape": shape_label(one.cell)},
+            {"colour": "shape", "shape": "colour"} if self.extent == CROWD_EXTENT else {},
+            {DOT_LABEL: one.has_dot},
+        )
+
+    @property
+    def _has_letters(self) -> bool:
+        return self.objects[0].shape in LETTERS
 
     def cell_at(self, x: float, y: float) -> int:
         """Return the cell at a point in pixels; beside the grid, the nearest."""
@@ -118,6 +158,11 @@ def colour_label(cell: int) -> str:
 def shape_label(cell: int) -> str:
     """Return the name of the label for the shape in a cell."""
     return f"shape of cell {cell}"
+
+
+def letter_label(number: int) -> str:
+    """Return the name of the label for a letter, counted from 0 at the left."""
+    return f"letter {number + 1}"
 
 
 def make_scene(stream: str, seed: int, index: int, has_unseen_pair: bool = False) -> RenderedScene:

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vlbench.data.picture_labels import Evidence
+from vlbench.data.picture_labels import Evidence, LabelledPicture
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.linear_probe import ProbeSpace
 
@@ -37,6 +37,8 @@ class LabelledRows:
     """Of each question."""
     first_rows: list[int]
     """The row of each question's first picture."""
+    pictures: list[LabelledPicture]
+    """Of each row; [] where rows stand for questions."""
 
     def are_read(self, read: Sequence[Labels]) -> list[bool]:
         """Tell for each question whether the labels that were read have all its evidence."""
@@ -52,7 +54,10 @@ def picture_rows(questions: Sequence[EvalQuestion]) -> LabelledRows:
     counts = (len(one.sample.images) for one in questions)
     first_rows = [0, *accumulate(counts)][:-1]
     return LabelledRows(
-        [image.labels for image in pictures], [one.evidence for one in questions], first_rows
+        [image.labels for image in pictures],
+        [one.evidence for one in questions],
+        first_rows,
+        pictures,
     )
 
 
@@ -62,6 +67,7 @@ def answer_rows(questions: Sequence[EvalQuestion]) -> LabelledRows:
         [{ANSWER_LABEL: one.answer} for one in questions],
         [(Evidence(ANSWER_LABEL, frozenset({one.answer})),) for one in questions],
         list(range(len(questions))),
+        [],
     )
 
 

@@ -3,7 +3,8 @@
 A probe is ridge regression of the one-hot labels on standardised features; it reads the class with
 the largest value. How strong the ridge is, leave-one-out cross-validation on the training pictures
 decides, which ridge regression has in closed form. All labels share one eigendecomposition of the
-pictures' inner products, so that features may be far wider than there are pictures.
+pictures' inner products, so that features may be far wider than there are pictures; where they are
+narrower, one of the features' inner products, which gives the same probes.
 
 Alain and Bengio 2016 (arXiv:1610.01644) introduced linear probes; a probe on shuffled labels is the
 control of what a probe reads without information.
@@ -30,7 +31,7 @@ class LabelReader:
 
     classes: tuple[str, ...]
     coefficients: Tensor
-    """`[training pictures, classes]`, float64."""
+    """`[width of a similarity, classes]`, float64."""
     intercept: Tensor
     """`[classes]`, float64."""
     ridge: float
@@ -43,6 +44,11 @@ class LabelReader:
         scores = similarity @ self.coefficients + self.intercept
         return [self.classes[index] for index in scores.argmax(1).tolist()]
 
+    def scores(self, similarity: Tensor, value: str) -> Tensor:
+        """Return how much each picture has one of the `classes`, `[pictures]`."""
+        number = self.classes.index(value)
+        return similarity @ self.coefficients[:, number] + self.intercept[number]
+
 
 class ProbeSpace:
     """The features of training pictures, on which probes of several labels are fitted."""
@@ -54,15 +60,40 @@ class ProbeSpace:
         is_constant = spread <= CONSTANT_SPREAD * flat.abs().amax(0).clamp(min=1e-30)
         width = max(1, int((~is_constant).sum()))
         self._scale = torch.where(is_constant, 0.0, 1 / (spread.clamp(min=1e-30) * width**0.5))
-        self._training = (flat - self._mean) * self._scale
-        inner_products = (self._training @ self._training.T).double()
-        self._eigenvalues, self._eigenvectors = torch.linalg.eigh(inner_products)
-        self._eigenvalues = self._eigenvalues.clamp(min=0)
+        self._kept = (~is_constant).nonzero()[:, 0] if width > 1 else torch.arange(flat.shape[1])
+        self._training = self._standardize(flat)
+        count, width = self._training.shape
+        if count <= width:
+            inner_products = (self._training @ self._training.T).double()
+            self._eigenvalues, self._eigenvectors = torch.linalg.eigh(inner_products)
+            self._eigenvalues = self._eigenvalues.clamp(min=0)
+            self._basis, self._rotation = self._training.T, self._eigenvectors
+        else:
+            self._decompose_features()
+
+    def _decompose_features(self) -> None:
+        """Find the eigenvectors of the pictures' inner products by those of the features'.
+
+        There are fewer of these; the eigenvalues above zero are the same.
+        """
+        values, directions = torch.linalg.eigh((self._training.T @ self._training).double())
+        kept = values > max(float(values[-1]), 1e-30) * 1e-12
+        values, directions = values[kept], directions[:, kept]
+        self._eigenvalues = values
+        self._eigenvectors = self._training.double() @ directions / values.sqrt()
+        self._basis = (directions * values.sqrt()).to(self._training.dtype)
+        self._rotation = torch.eye(len(values), dtype=torch.float64)
 
     def similarity(self, features: Tensor) -> Tensor:
-        """Return inner products with the training pictures, `[pictures, training pictures]`."""
-        standard = (self._flatten(features) - self._mean) * self._scale
-        return (standard @ self._training.T).double()
+        """Return what probes read features by, one row for each picture, float64.
+
+        Inner products with the training pictures or, where features are narrower, their components.
+        """
+        return (self._standardize(self._flatten(features)) @ self._basis).double()
+
+    def _standardize(self, flat: Tensor) -> Tensor:
+        """Return rows in units of the training pictures' spread, without what is constant there."""
+        return ((flat - self._mean) * self._scale)[:, self._kept]
 
     @staticmethod
     def _flatten(features: Tensor) -> Tensor:
@@ -85,14 +116,15 @@ class ProbeSpace:
         weights = 1 / (self._eigenvalues + self._strength(best_ridge))
         return LabelReader(
             classes=classes,
-            coefficients=self._eigenvectors @ (weights[:, None] * rotated),
+            coefficients=self._rotation @ (weights[:, None] * rotated),
             intercept=intercept,
             ridge=best_ridge,
             training_accuracy=best_hits / len(values),
         )
 
     def _strength(self, ridge: float) -> float:
-        return ridge * float(self._eigenvalues.mean().clamp(min=1e-30))
+        mean = float(self._eigenvalues.sum()) / len(self._training)
+        return ridge * max(mean, 1e-30)
 
     def _left_out(self, one_hot: Tensor, rotated: Tensor, ridge: float) -> Tensor:
         """Return the scores of each training picture by a probe fitted on all others.

@@ -24,6 +24,7 @@ from vlbench.core_sharing import share_cores
 from vlbench.data.packing import PackedBatch
 from vlbench.data.sample import Sample
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
+from vlbench.data.token_grid import TokenGrid
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
@@ -51,6 +52,19 @@ PLACES = PlaceFeatures._fields
 def reads_answers(vlm: LoadedVLM) -> bool:
     """Tell whether the features at `language` are those of samples, with the answer in them."""
     return not vlm.connector.replaces_image_tokens
+
+
+def token_grids(vlm: LoadedVLM) -> dict[str, TokenGrid | None]:
+    """Return how tokens lie over a picture at each place; None: they have no places in it.
+
+    Pictures are not cut into tiles. Where the language model has no visual tokens at its image
+    positions, its text looks at those behind the connector: the grid is theirs.
+    """
+    connector, patches = vlm.connector, vlm.model.vision.grid
+    fills = connector.replaces_image_tokens
+    given = connector.token_grid if fills else connector.latent_grid
+    behind = TokenGrid.over_patches(given, patches) if given else None
+    return {"encoder": TokenGrid(*patches), "connector": behind, "language": behind}
 
 
 def have_equal_views(vlm: LoadedVLM, samples: Sequence[Sample]) -> bool:

@@ -18,8 +18,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vlbench.data.scene_lattice import CROWD_EXTENT, EXTENT
-from vlbench.data.scene_world import IMAGE_SIDE
+from vlbench.data.scene_lattice import EXTENT
+from vlbench.data.scene_world import CROWD_EXTENT, IMAGE_SIDE
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import CONTEXT_LENGTH
 from vlbench.miniatures.make_tokenizer import VOCAB_SIZE

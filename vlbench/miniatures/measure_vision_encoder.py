@@ -14,16 +14,18 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy, layer_norm
 
-from vlbench.data.scene_lattice import CROWD_EXTENT, make_lattice_scene
+from vlbench.data.scene_lattice import make_lattice_scene
 from vlbench.data.scene_letters import make_letter_scene
 from vlbench.data.scene_text import LANGUAGES, scene_caption
 from vlbench.data.scene_world import (
+    CROWD_EXTENT,
     IMAGE_SIDE,
     UNSEEN_PAIRS,
     RenderedScene,
     SceneObject,
     make_scene,
 )
+from vlbench.data.token_grid import TokenGrid
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.miniatures.batch_encoding import encode_patches, load_pixels, tokenize_captions
 
@@ -143,13 +145,14 @@ def centre_features(
 
     The last column is one, for the bias of a linear map.
     """
-    grid, features = image_size // _PATCH_SIDE, []
+    side, features = image_size // _PATCH_SIDE, []
+    grid = TokenGrid(side, side)
     for begin in range(0, len(scenes), 100):
         some = scenes[begin : begin + 100]
         for scene, patches in zip(some, encode(some, image_size), strict=True):
             for thing in scene.objects:
-                row, column = (int(place * grid / IMAGE_SIDE) for place in (thing.y, thing.x))
-                features.append(patches[row * grid + column])
+                patch, _ = grid.locate(thing.x / IMAGE_SIDE, thing.y / IMAGE_SIDE)
+                features.append(patches[patch])
     x = layer_norm(torch.stack(features), (features[0].shape[-1],))
     things = [thing for scene in scenes for thing in scene.objects]
     return torch.cat([x, torch.ones(len(x), 1)], 1), things

@@ -32,6 +32,7 @@ from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.run_results_file import INFORMATION_FILE
 from vlbench.version import __version__
 
 NEW_RUNS_FOLDER = "runs"  # of runs that a command does not name
@@ -58,6 +59,7 @@ class RunFolder:
         self.checkpoints_folder = folder / "checkpoints"
         self.recipe_file = folder / "recipe.yaml"
         self.results_file = folder / "results.json"
+        self.information_file = folder / INFORMATION_FILE
         self.quarantine_file = folder / "quarantine.jsonl"
         self.versions_file = folder / "versions.json"
 
@@ -89,6 +91,10 @@ class RunFolder:
     def is_finished(self) -> bool:
         """True if the run has its results."""
         return self.results_file.is_file()
+
+    def is_complete(self, wants_information: bool) -> bool:
+        """True if the run has its results and, where they are wanted, its information probes."""
+        return self.is_finished and (self.information_file.is_file() or not wants_information)
 
     @property
     def latest_position(self) -> RunPosition | None:

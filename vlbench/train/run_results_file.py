@@ -10,6 +10,7 @@ from pydantic import Field
 from vlbench.strict_values import FileRecord, check_record
 from vlbench.text_files import read_json
 
+INFORMATION_FILE = "information.json"  # what information probes found, beside the results
 Share = Annotated[float, Field(ge=0, le=1)]
 Amount = Annotated[float, Field(ge=0, le=1e27)]
 """Seconds, bytes, counts, FLOPs: a thousand times what the largest trainings have taken."""

@@ -147,15 +147,26 @@ def _make_jobs(grid: ComparisonGrid) -> list[TrainingJob]:
     ]
 
 
+def _is_done(job: TrainingJob) -> bool:
+    """Return whether a run is finished, and has the information probes that are asked for."""
+    run = RunFolder(job.folder)
+    return run.is_finished and run.is_complete(
+        recipes.load_recipe(list(job.overrides)).log.information_probes
+    )
+
+
 def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict[Path, str]:
-    """Train the unfinished jobs; return folder -> reason of those that failed."""
+    """Train the unfinished jobs, and probe finished ones that lack it; return those that failed.
+
+    The result is folder -> reason.
+    """
     failed: dict[Path, str] = {}
     started_at = time.monotonic()
     start_times: dict[TrainingJob, float] = {}
     durations: list[float] = []
     slot_count = count_slots(grid.jobs)
     titles = {job: f"[{number}/{len(jobs)}] {job.title}" for number, job in enumerate(jobs, 1)}
-    todo = [job for job in jobs if not RunFolder(job.folder).is_finished]
+    todo = [job for job in jobs if not _is_done(job)]
     for job in jobs:
         if job not in todo:
             print(f"{titles[job]}: done before, {_describe_result(job.folder)}", flush=True)
@@ -183,7 +194,8 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     def start_job(job: TrainingJob) -> None:
         shared = copy_shared_stages(grid, *rows[job.folder]) if job.folder in rows else ""
         copied = f"{shared}; " if shared else ""
-        print(f"{titles[job]}: {copied}trains, log in {job.log_file}", flush=True)
+        does = "is probed" if RunFolder(job.folder).is_finished else "trains"
+        print(f"{titles[job]}: {copied}{does}, log in {job.log_file}", flush=True)
         start_times[job] = time.monotonic()
 
     def finish_job(job: TrainingJob, exit_code: int) -> None:
@@ -217,7 +229,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
     if grid.lr_factors and not trials:
         grid = _apply_sweep(grid)
-    todo = trials or [job for job in _make_jobs(grid) if not RunFolder(job.folder).is_finished]
+    todo = trials or [job for job in _make_jobs(grid) if not _is_done(job)]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
         return _write_reports(grid, {}, [])

@@ -6,9 +6,12 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vlbench.compare.report.information_loss import (
+    ALL_KINDS,
     LOSSES,
+    LOST_IN_CONNECTOR,
     InformationLoss,
     KindInformation,
+    RowInformation,
     ShareEstimate,
 )
 from vlbench.compare.report.run_probes import PLACE_LABELS
@@ -32,7 +35,7 @@ def information_tables(information: InformationLoss) -> list[InformationTable]:
 def _wrong_answers(information: InformationLoss) -> InformationTable:
     return InformationTable(
         "Wrong answers of all seeds, by the last place that still has what the answer rests on; in "
-        "brackets per cent of all questions, with 95 % intervals.",
+        "brackets per cent of the questions of the family, with 95 % intervals.",
         ["row", "questions", "wrong", *LOSSES],
         _lines_by_kind(
             information,
@@ -46,12 +49,19 @@ def _wrong_answers(information: InformationLoss) -> InformationTable:
 
 def _readings(information: InformationLoss) -> InformationTable:
     return InformationTable(
-        "Share of questions of which linear probes read all that the answer rests on, with 95 % "
-        "intervals; chance: probes that were fitted on exchanged labels.",
-        ["row", "questions", *PLACE_LABELS.values(), "chance"],
+        "Share of held-out questions of which linear probes read all that the answer rests on, "
+        "with 95 % intervals; chance: probes that were fitted on exchanged labels; right answers: "
+        "the same share, at the three places, of questions that the row answers right. What these "
+        "rest on has passed all places: as far as they are below 1, a loss may be the probe's.",
+        ["row", "questions", *PLACE_LABELS.values(), "chance", "right answers"],
         _lines_by_kind(
             information,
-            lambda kind: [*(_share(one) for one in kind.read), f"{kind.by_chance:.3f}"],
+            lambda kind: [
+                *(_share(one) for one in kind.read or ()),
+                *([] if kind.read else ["-"] * len(PLACE_LABELS)),
+                f"{kind.by_chance:.3f}" if kind.read else "-",
+                " / ".join(f"{share:.2f}" for share in kind.read_of_right) or "-",
+            ],
         ),
     )
 
@@ -83,23 +93,47 @@ def _neighbours(information: InformationLoss) -> InformationTable:
 def information_notes(information: InformationLoss) -> Iterator[str]:
     """Yield sentences on how the probes were made, and on rows that have none."""
     if information.rows:
-        count = max(row.training_pictures for row in information.rows)
+        pictures = information.rows[0].training_pictures
+        counts = ", ".join(f"{count:,} for {name}" for name, count in pictures.items())
         yield (
-            f"Linear probes of exact labels, fitted on {count:,} training pictures, read the "
+            f"Linear probes of exact labels, fitted on training pictures ({counts}), read the "
             "pictures of the questions at three places: from the features of the vision encoder, "
             "from the connector's output, and from the hidden states at the image positions before "
             "the middle layer of the language model. A wrong answer is put down to the last place "
-            "at which they read what it rests on: "
-            "the objects that the question names or asks for, each where it is."
+            "at which they read what it rests on: the objects that the question names or asks for, "
+            "each where it is, of several pictures in the one that is asked about, and each letter "
+            "of a word. Small objects and letters are read from the token at their place."
         )
     others = [row.row_name for row in information.rows if row.reads_answers]
     if others:
         yield (
             f"{_names(others)}: image positions hold no visual tokens, so what is read in the "
-            "language model is the right answer itself, at the last position of the question."
+            "language model is the right answer itself, at the last position of the question; of "
+            "families other than gist what the connector has counts as being there, as text looks "
+            "at it from every position."
         )
+    for row in information.rows:
+        yield from _row_notes(row)
     for name, reason in information.missing.items():
         yield f"{name} has no information probes: {reason}."
+
+
+def _row_notes(row: RowInformation) -> Iterator[str]:
+    """Yield sentences on what is not attributed, and on families whose probes read too little."""
+    for reason, count in row.not_attributed.items():
+        yield f"{row.row_name}: wrong answers that are not attributed: {count:,}, as {reason}."
+    weak = [
+        f"{kind.kind} {kind.read_of_right[LOST_IN_CONNECTOR]:.0%}: about {kind.missed_count:,} of "
+        f"{kind.losses[LOST_IN_CONNECTOR].answers:,}"
+        for kind in row.kinds
+        if kind.kind != ALL_KINDS and not kind.is_trusted
+    ]
+    if weak:
+        yield (
+            f"{row.row_name}: of what right answers rest on, probes behind the connector read only "
+            "a part. If they miss as much of what is there for wrong ones, so many of those 'lost "
+            f"in the connector' are not ({'; '.join(weak)})."
+        )
 
 
 def _names(names: list[str]) -> str:

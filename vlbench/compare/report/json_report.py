@@ -130,6 +130,7 @@ def _information_entry(information: InformationLoss) -> dict[str, Any]:
                 "name": row.row_name,
                 "training_pictures": row.training_pictures,
                 "reads_answers": row.reads_answers,
+                "not_attributed": row.not_attributed,
                 "kinds": [_information_kind(kind) for kind in row.kinds],
                 "neighbours": {
                     "count": row.neighbour_count,
@@ -148,8 +149,10 @@ def _information_kind(kind: KindInformation) -> dict[str, Any]:
         "name": kind.kind,
         "questions": kind.question_count,
         "read": {
-            place: _share_entry(share) for place, share in zip(PLACE_LABELS, kind.read, strict=True)
+            place: _share_entry(share)
+            for place, share in zip(PLACE_LABELS, kind.read, strict=False)
         },
+        "read_of_right_answers": dict(zip(PLACE_LABELS, kind.read_of_right, strict=False)),
         "chance": kind.by_chance,
         "wrong": kind.wrong_count,
         "losses": {

@@ -8,8 +8,8 @@ from typing import NamedTuple
 from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.errors import UserError
 from vlbench.text_files import read_json
+from vlbench.train.run_results_file import INFORMATION_FILE
 
-INFORMATION_FILE = "information.json"
 PLACE_LABELS = {
     "encoder": "in the encoder",
     "connector": "behind the connector",
@@ -24,8 +24,13 @@ class RunProbes(NamedTuple):
     read: dict[str, list[bool]]
     """Question id -> for each place, whether its probes read the evidence right."""
     control: dict[str, list[bool]]
+    unsure: frozenset[str]
+    """Ids of questions that probes of all tokens at once do not read from the encoder either."""
+    not_probed: Mapping[str, str]
+    """Id of a question that is not in `read` -> why."""
     neighbours: Mapping[str, float]
-    training_pictures: int
+    training_pictures: Mapping[str, int]
+    """Families of questions -> how many pictures their probes were fitted on."""
     reads_answers: bool
 
 
@@ -41,8 +46,16 @@ def load_run_probes(run: FinishedRun) -> RunProbes | str:
         return RunProbes(
             read={one["id"]: _read_flags(one["read"]) for one in content["questions"]},
             control={one["id"]: _read_flags(one["control"]) for one in content["questions"]},
+            unsure=frozenset(one["id"] for one in content["questions"] if one.get("unsure")),
+            not_probed={
+                name: str(reason)
+                for reason, names in content.get("not_probed", {}).items()
+                for name in names
+            },
             neighbours={name: float(value) for name, value in content["neighbours"].items()},
-            training_pictures=int(content["training_pictures"]),
+            training_pictures={
+                name: int(count) for name, count in content["training_pictures"].items()
+            },
             reads_answers=bool(content["reads_answers"]),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
