@@ -127,8 +127,8 @@ class OptimizerStep:
             + sum(row.supervised_token_count for row in rows),
             sum(sum(map(sum, batch.sample_lengths)) for batch in batches)
             + sum(sum(row.sample_lengths) for row in rows),
-            sum(each.image_count for each in (*batches, *rows)),
-            sum(each.view_count for each in (*batches, *rows)),
+            sum(batch.image_count for batch in batches) + sum(row.image_count for row in rows),
+            sum(batch.view_count for batch in batches) + sum(row.view_count for row in rows),
             sum(len(batch.sample_ids) for batch in batches)
             + sum(len(row.stream_index) for row in rows),
             *(
