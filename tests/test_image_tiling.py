@@ -158,8 +158,8 @@ class OneRecord:
     def __init__(self, data: bytes) -> None:
         self.data = data
 
-    def read_image(self, index: int, number: int) -> bytes:
-        return self.data
+    def read_image(self, index: int, number: int, most: int | None = None) -> bytes:
+        return self.data[:most]
 
 
 def lazy_images(data: bytes, folder: Path) -> list[object]:

@@ -119,7 +119,7 @@ class LosingSteps:
     def plan_step(self, index: int) -> StepPlan:
         batches = [make_batch(self.vlm, [row]) for row in self.rows]
         rows = [
-            RowPlan([n], b.sample_lengths[0], len(b.pixels), b.supervised_token_count)
+            RowPlan([n], b.sample_lengths[0], b.image_count, b.view_count, b.supervised_token_count)
             for n, b in enumerate(batches)
         ]
         return StepPlan(index, rows)

@@ -86,8 +86,9 @@ def test_a_plan_says_which_image_is_assumed(capsys):
     vlm = meta_vlm(options.recipe)
     sample = assumed_sample(vlm.processor, options.recipe.stages["chat"])
     assert "an image of 1024 x 768 pixels per sample" in said
-    line = f"views of an image in chat: {sample.view_count} (100%); a sample has"
-    assert f"{line} {sample.view_count} and {sample.image_positions} visual tokens" in said
+    views, positions = sample.view_count, sample.image_positions
+    assert f"views of an image in chat: {views} on average; {views} (100%); images" in said
+    assert f"image positions of a sample: 1, {views}, {positions}\n" in said
 
 
 def test_a_reference_image_that_is_longer_than_the_text_is_refused():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 from dataclasses import replace
@@ -205,7 +206,8 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_checkpoint_tiles_as_its_training_did(trained):
     checkpoint = checkpoint_files.find_checkpoint(trained)
     written = json.loads((checkpoint / "preprocess.json").read_text())
-    assert written["views"]["tiling"] == {"tiles": 4, "grid": "llava_next", "thumbnail": True}
+    tiling = {"tiles": 4, "grid": "llava_next", "thumbnail": True, "grids": []}
+    assert written["views"]["tiling"] == tiling
     assert written["views"]["max_visual_tokens"] == 80
     vlm = vlbench.load(trained)
     assert vlm.processor.view_settings == ViewSettings(ImageTiling(4), "newline", None, 80)
@@ -218,13 +220,17 @@ def test_a_checkpoint_tiles_as_its_training_did(trained):
 
 
 @pytest.mark.slow
-def test_reduced_samples_are_counted_to_the_report(trained, capsys):
+def test_images_views_and_reduced_samples_are_counted_to_the_report(trained):
     seen = json.loads((checkpoint_files.find_checkpoint(trained) / "position.json").read_text())[
         "seen"
     ]
     assert 0 < seen["reduced_samples"] <= seen["samples"] == 12
-    results = json.loads((trained / "results.json").read_text())
-    assert results["budget"]["reduced_samples"] == seen["reduced_samples"]
+    budget = json.loads((trained / "results.json").read_text())["budget"]
+    assert budget["reduced_samples"] == seen["reduced_samples"]
+    assert (budget["images"], budget["views"]) == (seen["images"], seen["views"])
+    assert 12 <= budget["images"] < budget["views"]
+    rows = csv.DictReader((trained / "metrics.csv").read_text().splitlines())
+    assert all(float(row["images_per_second"]) < float(row["views_per_second"]) for row in rows)
 
 
 @pytest.mark.slow
@@ -236,7 +242,7 @@ def test_a_resumed_run_is_the_run_bit_for_bit(trained, tmp_path, capsys):
     again, whole = fit(folder), weights(trained)
     told = capsys.readouterr()
     assert "views of an image: " in told.out and "image positions a sample" in told.out
-    assert "had fewer tiles than they could, for vision.max_visual_tokens" in told.err
+    assert "samples have fewer tiles than they could, for vision.max_visual_tokens" in told.err
     assert again.keys() == whole.keys()
     assert all(again[key].equal(whole[key]) for key in whole)
 

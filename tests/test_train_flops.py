@@ -65,7 +65,7 @@ def test_what_is_frozen_takes_less():
     vlm.vision.requires_grad_(False)
     frozen_encoder = count_step_flops(vlm.model)
     assert (
-        frozen_encoder.per_image < whole.per_image
+        frozen_encoder.per_view < whole.per_view
         and frozen_encoder.per_position == whole.per_position
     )
     vlm.language.requires_grad_(False)
@@ -84,7 +84,7 @@ def test_known_features_spare_the_encoder():
     ]
     images = sum(len(batch.pixels) for batch in batches)
     assert flops.count_flops(batches) - flops.count_flops(kept) == pytest.approx(
-        flops.per_image_encoding * images
+        flops.per_view_encoding * images
     )
 
 

@@ -228,7 +228,7 @@ def test_the_planner_counts_both():
         recipe = load_recipe(["recipe=yivl_llava", *words])
         stage = recipe.stages["chat"]
         vlm = build_meta_vlm(recipe.model, "chat", stage, "32").model
-        flops[len(words)] = count_step_flops(vlm).per_image_encoding
+        flops[len(words)] = count_step_flops(vlm).per_view_encoding
         assert count_model_cost(recipe.model, 56).tokens == vlm.connector.tokens_per_image // 4
     assert flops[1] > 1.25 * flops[0]  # the second is frozen
     behind_gradients = []
@@ -236,5 +236,5 @@ def test_the_planner_counts_both():
         vlm.requires_grad_(False)
         encoder.requires_grad_(True)
         counted = count_step_flops(vlm)
-        behind_gradients.append(counted.per_image - counted.per_image_encoding)
+        behind_gradients.append(counted.per_view - counted.per_view_encoding)
     assert behind_gradients[0] == behind_gradients[1]  # the connector passes gradients on to either

@@ -37,7 +37,7 @@ from vlbench.train.stage_plan import (
     plan_stage_runs,
     refuse_missing_images,
 )
-from vlbench.train.view_report import describe_view_counts
+from vlbench.train.view_report import describe_reduced, describe_view_counts
 
 FILE_SOURCES = (ConversationFiles, WebDatasetShards)  # they read files; scenes are rendered
 MAX_SAMPLES_SHOWN = 6  # on the audit page, of each source in each stage
@@ -221,10 +221,7 @@ def _view_lines(check: StageCheck) -> Iterator[str]:
         return
     yield f"    views of an image: {describe_view_counts(check.view_counts)}"
     if check.reduced_samples:
-        yield (
-            f"    {check.reduced_samples} samples have fewer tiles than they could, for "
-            "vision.max_visual_tokens"
-        )
+        yield f"    {describe_reduced(check.reduced_samples, len(check.token_counts))}"
 
 
 def _summary_lines(log: FindingLog) -> Iterator[str]:

@@ -103,6 +103,11 @@ class TilingConfig(RecipeSection):
     def find_conflicts(self) -> Iterator[str]:
         """Yield what is wrong with the grids."""
         least = 2 if self.grid == "llava_next" else 1
+        if self.grids and least > self.tiles:
+            raise ValueError(
+                f"has grids={','.join(self.grids)} and tiles={self.tiles}: with grid={self.grid} a "
+                f"grid has at least {least} tiles; leave grids out for images of one view"
+            )
         for rows, columns in self.grid_sizes:
             if not least <= rows * columns <= self.tiles:
                 yield (

@@ -85,6 +85,7 @@ class StepDataset(Dataset[OptimizerStep]):
             RowPlan(
                 [positions[i] for i in row],
                 [len(samples[i].input_ids) for i in row],
+                sum(len(samples[i].sample.images) for i in row),
                 sum(samples[i].view_count for i in row),
                 sum(samples[i].supervised_token_count for i in row),
                 sum(samples[i].is_truncated for i in row),

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from vlbench.data.annotation_records import AnnotationRecords
-from vlbench.data.conversation_record import find_image, sample_from_record
+from vlbench.data.conversation_record import list_written_images, sample_from_record
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
 from vlbench.data.location_errors import folder_remedy, missing_file_error
@@ -16,7 +16,7 @@ from vlbench.data.mapped_sources import find_mapped_source
 from vlbench.data.parquet_files import find_parquet_files
 from vlbench.data.parquet_records import ParquetRecords
 from vlbench.data.record_files import RecordFile, read_beginning
-from vlbench.data.record_images import EmbeddedImage, image_bytes
+from vlbench.data.record_images import EmbeddedImage, WrittenImage, image_bytes
 from vlbench.data.sample import LazyImage, Sample, SampleSource, sample_at
 from vlbench.data.shard_sampler import MAX_LANES
 from vlbench.data.table_records import TableRecords, is_table
@@ -51,6 +51,11 @@ class ConversationFiles:
         self.records = open_record_file(str(location))
         self.image_folder = self.records.folder if image_folder is None else Path(image_folder)
         self.allow_outside = allow_outside
+        self._latest_images: tuple[int, list[WrittenImage]] | None = None
+        """A record's number and its images: the next one that is asked for is often of it, too."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**vars(self), "_latest_images": None}  # megabytes, of no use to another process
 
     def __len__(self) -> int:
         return len(self.records)
@@ -94,9 +99,18 @@ class ConversationFiles:
         except UserError as error:
             raise BadSample(f"record {index + 1}", str(error)) from error
 
-    def read_image(self, index: int, number: int) -> bytes:
-        """Return the file of image `number` (from 0), which is in record `index`; UserError."""
-        return image_bytes(find_image(self.read_record(index, with_images=True), number))
+    def read_image(self, index: int, number: int, most: int | None = None) -> bytes:
+        """Return the file of image `number` (from 0), which is in record `index`; UserError.
+
+        Of its bytes it is the first `most`, if that is given.
+        """
+        latest = self._latest_images  # read once: another thread may replace it
+        if latest is None or latest[0] != index:
+            latest = index, list_written_images(self.read_record(index, with_images=True))
+            self._latest_images = latest
+        if number >= len(latest[1]):
+            raise BadSample("record", f"has {len(latest[1])} images")
+        return image_bytes(latest[1][number], most)
 
     def _find_image(self, name: str) -> ImageFile:
         path = str(self.image_folder / name)

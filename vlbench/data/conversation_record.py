@@ -119,12 +119,9 @@ def sample_from_record(
     return sample
 
 
-def find_image(record: Any, number: int) -> WrittenImage:
-    """Return image `number` (from 0) of a record; BadSample where it has none."""
-    images = _parse_record(record, "record", may_embed=True).images
-    if number >= len(images):
-        raise BadSample("record", f"has {len(images)} images")
-    return images[number]
+def list_written_images(record: Any) -> list[WrittenImage]:
+    """Return the images of a record as they are written there."""
+    return _parse_record(record, "record", may_embed=True).images
 
 
 def _parse_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRecord:

@@ -340,8 +340,8 @@ class BlankImage:
         return f"{self.image.name} (blank)"
 
     def read_size(self, exif: bool) -> tuple[int, int]:
-        """Return width and height of what is opened: no picture, so never turned."""
-        return read_image_size(self.image)
+        """Return width and height of the replaced image, so that it is tiled as that one."""
+        return read_image_size(self.image, exif)
 
     def open(self) -> Image.Image:
         """Return the plain image in RGB."""

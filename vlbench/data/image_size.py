@@ -44,13 +44,16 @@ def bytes_image_size(data: bytes, name: str, exif: bool) -> tuple[int, int]:
 
 
 def partial_image_size(
-    read_bytes: Callable[[int], bytes], file_bytes: int, name: str, exif: bool
+    read_bytes: Callable[[int | None], bytes], name: str, exif: bool
 ) -> tuple[int, int]:
-    """Return the size of an image whose file is read from its beginning, as far as is asked for.
+    """Return the size of an image from the first bytes of its file, where they tell it.
 
-    What is behind its first bytes may be megabytes, or far away, so they are tried alone.
+    What is behind them may be megabytes, or far away. `read_bytes` returns at most as many bytes as
+    it is given; all of them for None.
     """
-    if file_bytes > HEADER_BYTES:
+    beginning = read_bytes(HEADER_BYTES)
+    if len(beginning) == HEADER_BYTES:
         with contextlib.suppress(UserError):  # a longer header; what is wrong is told below
-            return bytes_image_size(read_bytes(HEADER_BYTES), name, exif)
-    return bytes_image_size(read_bytes(file_bytes), name, exif)
+            return bytes_image_size(beginning, name, exif)
+        beginning = read_bytes(None)
+    return bytes_image_size(beginning, name, exif)

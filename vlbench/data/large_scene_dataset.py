@@ -10,9 +10,8 @@ from vlbench.data.large_scenes import (
     list_large_questions,
     make_large_scene,
 )
-from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
-from vlbench.data.scene_albums import image_heading
-from vlbench.data.scene_dataset import CAPTION_PROMPTS, check_sample_index
+from vlbench.data.sample import Sample
+from vlbench.data.scene_dataset import SceneSource, caption_turns, question_turns
 from vlbench.data.scene_families import draw_family
 from vlbench.data.scene_text import LANGUAGES
 from vlbench.data.scene_world import RenderedScene
@@ -20,58 +19,47 @@ from vlbench.data.scene_world import RenderedScene
 LARGE_WEIGHTS = {"letters": 3, "shapes": 1}  # training pictures; of shapes all are soon asked
 
 
-class LargeSceneCaptions:
+class LargeSceneCaptions(SceneSource):
     """A source: one large scene and its caption per sample, English or Chinese."""
 
+    name = "large scene captions"
+
     def __init__(self, seed: int, sample_count: int, side: int = LARGE_SIDE) -> None:
-        self.name = "large scene captions"
-        self._seed, self._sample_count, self._side = seed, sample_count, side
+        super().__init__(seed, sample_count)
+        self._side = side
 
-    def __len__(self) -> int:
-        return self._sample_count
-
-    def __getitem__(self, index: int) -> Sample:
-        """Make sample `index`; raise IndexError beyond the end."""
-        check_sample_index(index, self._sample_count)
-        rng = random.Random(f"large captions/{self._seed}/{index}")
-        language, scene = _draw_scene(rng, "captions", self._seed, index, self._side)
-        turns = (
-            ChatTurn("human", f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPTS[language]}"),
-            ChatTurn("assistant", large_caption(scene, language)),
-        )
-        return Sample(f"large-caption-{self._seed}-{index}", turns, (scene,), language)
+    def make_sample(self, index: int) -> Sample:
+        """Make sample `index`."""
+        rng = random.Random(f"large captions/{self.seed}/{index}")
+        language, scene = _draw_scene(rng, "captions", self.seed, index, self._side)
+        turns = caption_turns(large_caption(scene, language), language)
+        return Sample(f"large-caption-{self.seed}-{index}", turns, (scene,), language)
 
 
-class LargeSceneConversations:
+class LargeSceneConversations(SceneSource):
     """A source: questions about one large scene per sample, at most `question_count`.
 
     An object is asked about once: "the black object" tells nothing of what is asked later.
     """
 
+    name = "large scene conversations"
+
     def __init__(
         self, seed: int, sample_count: int, question_count: int, side: int = LARGE_SIDE
     ) -> None:
-        self.name = "large scene conversations"
-        self._seed, self._sample_count, self._side = seed, sample_count, side
-        self._question_count = question_count
+        super().__init__(seed, sample_count)
+        self._question_count, self._side = question_count, side
 
-    def __len__(self) -> int:
-        return self._sample_count
-
-    def __getitem__(self, index: int) -> Sample:
-        """Make sample `index`; raise IndexError beyond the end."""
-        check_sample_index(index, self._sample_count)
-        rng = random.Random(f"large conversations/{self._seed}/{index}")
-        language, scene = _draw_scene(rng, "conversations", self._seed, index, self._side)
+    def make_sample(self, index: int) -> Sample:
+        """Make sample `index`."""
+        rng = random.Random(f"large conversations/{self.seed}/{index}")
+        language, scene = _draw_scene(rng, "conversations", self.seed, index, self._side)
         candidates = list_large_questions(scene, language)
         rng.shuffle(candidates)
         by_object = {question.relevant_pairs: question for question in candidates}
-        turns: list[ChatTurn] = []
-        for question in list(by_object.values())[: self._question_count]:
-            heading = "" if turns else image_heading(1, language)
-            turns.append(ChatTurn("human", heading + question.text))
-            turns.append(ChatTurn("assistant", question.answer))
-        return Sample(f"large-conversation-{self._seed}-{index}", tuple(turns), (scene,), language)
+        asked = list(by_object.values())[: self._question_count]
+        turns = question_turns(asked, 1, language)
+        return Sample(f"large-conversation-{self.seed}-{index}", turns, (scene,), language)
 
 
 def _draw_scene(

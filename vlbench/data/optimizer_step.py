@@ -28,7 +28,8 @@ class RowPlan(NamedTuple):
     """The positions of its samples in the stream of the stage."""
     sample_lengths: list[int]
     image_count: int
-    """Of views, where images are tiled: what the vision encoder sees."""
+    view_count: int
+    """What the vision encoder sees: as many as images, unless they are tiled."""
     supervised_token_count: int
     truncated_samples: int = 0
     lost_supervised_tokens: int = 0
@@ -89,7 +90,8 @@ class StepCounts(NamedTuple):
     tokens: int
     """Positions without padding."""
     images: int
-    """Views, where images are tiled."""
+    views: int
+    """What the vision encoder sees: as many as images, unless they are tiled."""
     samples: int
     truncated_samples: int = 0
     """Samples whose end was cut off at `language.max_length`."""
@@ -125,7 +127,8 @@ class OptimizerStep:
             + sum(row.supervised_token_count for row in rows),
             sum(sum(map(sum, batch.sample_lengths)) for batch in batches)
             + sum(sum(row.sample_lengths) for row in rows),
-            sum(len(batch.pixels) for batch in batches) + sum(row.image_count for row in rows),
+            sum(batch.image_count for batch in batches) + sum(row.image_count for row in rows),
+            sum(batch.view_count for batch in batches) + sum(row.view_count for row in rows),
             sum(len(batch.sample_ids) for batch in batches)
             + sum(len(row.stream_index) for row in rows),
             *(

@@ -105,6 +105,16 @@ class PackedBatch:
     reduced_samples: int = 0
     """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
 
+    @property
+    def image_count(self) -> int:
+        """Number of images."""
+        return len(self.pixels) if self.view_bounds is None else len(self.view_bounds) - 1
+
+    @property
+    def view_count(self) -> int:
+        """Number of views in `pixels`, which the vision encoder sees."""
+        return len(self.pixels)
+
     def sample_keys(self) -> list[str]:
         """Return a key for each sample that is unique in the step, however it is packed."""
         if not self.stream_index:
@@ -184,10 +194,11 @@ class PackedBatch:
     def without_tensors(self) -> PackedBatch:
         """Return what is to be said about the batch once it is done: names, lengths and counts.
 
-        Its tensors are empty; `pixels` still has a row for each image.
+        Its tensors are empty, but for `view_bounds`; `pixels` still has a row for each view.
         """
         outline = self._map_tensors(lambda tensor: tensor.new_empty(0))
-        return replace(outline, pixels=self.pixels.new_empty(len(self.pixels), 3, 0, 0))
+        pixels = self.pixels.new_empty(len(self.pixels), 3, 0, 0)
+        return replace(outline, pixels=pixels, view_bounds=self.view_bounds)
 
     def _map_tensors(self, function: Callable[[Tensor], Tensor]) -> PackedBatch:
         values = {field.name: getattr(self, field.name) for field in fields(self)}

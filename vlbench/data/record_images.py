@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
-from vlbench.data.image_size import bytes_image_size
+from vlbench.data.image_size import partial_image_size
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.errors import BadSample, UserError
 
@@ -35,8 +35,11 @@ class HoldsImages(Protocol):
 
     name: str
 
-    def read_image(self, index: int, number: int) -> bytes:
-        """Return the file of image `number` (from 0) of record `index`, or raise a UserError."""
+    def read_image(self, index: int, number: int, most: int | None = None) -> bytes:
+        """Return the file of image `number` (from 0) of record `index`, or raise a UserError.
+
+        Of its bytes no more than the first `most` are needed, if that is given.
+        """
         ...
 
 
@@ -65,12 +68,15 @@ class EmbeddedImage:
 
     def read_size(self, exif: bool) -> tuple[int, int]:
         """Return width and height in pixels from the header of the image's file."""
-        return bytes_image_size(self.read_bytes(), f"image of {self.name}", exif)
+        return partial_image_size(self.read_bytes, f"image of {self.name}", exif)
 
-    def read_bytes(self) -> bytes:
-        """Return the bytes of the image's file; a UserError names what cannot be read."""
+    def read_bytes(self, most: int | None = None) -> bytes:
+        """Return the bytes of the image's file, the first `most` of them if that is given.
+
+        A UserError names what cannot be read.
+        """
         try:
-            return self.source.read_image(self.record_index, self.image_index)
+            return self.source.read_image(self.record_index, self.image_index, most)
         except BadSample as bad:
             raise UserError(f"image of {self.name}: {bad.reason}") from bad
 
@@ -113,17 +119,23 @@ def _local_name(name: Any) -> Any:
     return urllib.parse.unquote(name[match.end() :]) if match else name
 
 
-def image_bytes(image: WrittenImage) -> bytes:
-    """Return the bytes of an embedded image; BadSample where the text is no base64."""
+def image_bytes(image: WrittenImage, most: int | None = None) -> bytes:
+    """Return the bytes of an embedded image, the first `most` of them if that is given.
+
+    BadSample where the text is no base64.
+    """
     value = image.value["bytes"] if isinstance(image.value, dict) else image.value
     if isinstance(value, bytes):
-        return value
+        return value[:most]
     text = str(value)
     if text.startswith(DATA_PREFIX):
         header, comma, text = text.partition(",")
         if not comma or not header.endswith(";base64"):
             raise BadSample("", f"is a data URL without base64 ({header[:40]})")
+    digits = "".join(text.split())
+    if most is not None:
+        digits = digits[: -(-most // 3) * 4]  # 3 bytes are 4 digits
     try:
-        return base64.b64decode("".join(text.split()), validate=True)
+        return base64.b64decode(digits, validate=True)[:most]
     except ValueError as error:  # binascii.Error is one; characters beyond ASCII raise a plain one
         raise BadSample("", f"is no base64 text ({error})") from error

@@ -6,6 +6,7 @@ Everything is a pure function of (seed, index).
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_albums import image_heading
@@ -18,68 +19,91 @@ from vlbench.data.scene_families import (
     make_pictures,
     picture_caption,
 )
-from vlbench.data.scene_text import LANGUAGES, pick_questions
+from vlbench.data.scene_text import LANGUAGES, SceneQuestion, pick_questions
 from vlbench.data.scene_world import IMAGE_SIDE
 
 CAPTION_PROMPTS = {"en": "Describe the picture.", "zh": "描述这张图片。"}
 SMALL_IMAGE_WEIGHTS = {"gist": 1}  # at fewer pixels than IMAGE_SIDE the rest cannot be seen
 
 
-class SceneCaptions:
-    """A source: one image and its caption per sample, half of them English, half Chinese."""
+class SceneSource:
+    """A source of rendered samples: a subclass has its `name`, and makes a sample of its index."""
 
-    def __init__(self, seed: int, sample_count: int, image_size: int = IMAGE_SIDE) -> None:
-        self.name = "scene captions"
-        self._seed, self._sample_count = seed, sample_count
-        self._weights = CAPTION_WEIGHTS if image_size >= IMAGE_SIDE else SMALL_IMAGE_WEIGHTS
+    name: str
+
+    def __init__(self, seed: int, sample_count: int) -> None:
+        self.seed, self._sample_count = seed, sample_count
 
     def __len__(self) -> int:
         return self._sample_count
 
     def __getitem__(self, index: int) -> Sample:
         """Make sample `index`; raise IndexError beyond the end."""
-        check_sample_index(index, self._sample_count)
-        rng = random.Random(f"captions/{self._seed}/{index}")
+        if not 0 <= index < self._sample_count:
+            raise IndexError(f"sample {index} of {self._sample_count}")
+        return self.make_sample(index)
+
+    def make_sample(self, index: int) -> Sample:
+        """Make sample `index`, which is one of the source."""
+        raise NotImplementedError
+
+
+class SceneCaptions(SceneSource):
+    """A source: one image and its caption per sample, half of them English, half Chinese."""
+
+    name = "scene captions"
+
+    def __init__(self, seed: int, sample_count: int, image_size: int = IMAGE_SIDE) -> None:
+        super().__init__(seed, sample_count)
+        self._weights = CAPTION_WEIGHTS if image_size >= IMAGE_SIDE else SMALL_IMAGE_WEIGHTS
+
+    def make_sample(self, index: int) -> Sample:
+        """Make sample `index`."""
+        rng = random.Random(f"captions/{self.seed}/{index}")
         language, family = rng.choice(LANGUAGES), draw_family(rng, self._weights)
         has_dot = rng.random() < DOT_SHARE
-        [scene] = make_pictures(family, "captions", self._seed, index, has_dot)
-        turns = (
-            ChatTurn("human", f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPTS[language]}"),
-            ChatTurn("assistant", picture_caption(scene, language)),
-        )
-        return Sample(f"caption-{self._seed}-{index}", turns, (scene,), language)
+        [scene] = make_pictures(family, "captions", self.seed, index, has_dot)
+        turns = caption_turns(picture_caption(scene, language), language)
+        return Sample(f"caption-{self.seed}-{index}", turns, (scene,), language)
 
 
-class SceneConversations:
+class SceneConversations(SceneSource):
     """A source: several questions about one image, or one album, per sample, in one language."""
+
+    name = "scene conversations"
 
     def __init__(
         self, seed: int, sample_count: int, question_count: int, image_size: int = IMAGE_SIDE
     ) -> None:
-        self.name = "scene conversations"
-        self._seed, self._sample_count, self._question_count = seed, sample_count, question_count
+        super().__init__(seed, sample_count)
+        self._question_count = question_count
         self._weights = FAMILY_WEIGHTS if image_size >= IMAGE_SIDE else SMALL_IMAGE_WEIGHTS
 
-    def __len__(self) -> int:
-        return self._sample_count
-
-    def __getitem__(self, index: int) -> Sample:
-        """Make sample `index`; raise IndexError beyond the end."""
-        check_sample_index(index, self._sample_count)
-        rng = random.Random(f"conversations/{self._seed}/{index}")
+    def make_sample(self, index: int) -> Sample:
+        """Make sample `index`."""
+        rng = random.Random(f"conversations/{self.seed}/{index}")
         language, family = rng.choice(LANGUAGES), draw_family(rng, self._weights)
         has_dot = rng.random() < DOT_SHARE
-        pictures = make_pictures(family, "conversations", self._seed, index, has_dot)
-        turns: list[ChatTurn] = []
+        pictures = make_pictures(family, "conversations", self.seed, index, has_dot)
         candidates = list_picture_questions(pictures, language)
-        for question in pick_questions(rng, candidates, self._question_count):
-            heading = "" if turns else image_heading(len(pictures), language)
-            turns.append(ChatTurn("human", heading + question.text))
-            turns.append(ChatTurn("assistant", question.answer))
-        return Sample(f"conversation-{self._seed}-{index}", tuple(turns), pictures, language)
+        picked = pick_questions(rng, candidates, self._question_count)
+        turns = question_turns(picked, len(pictures), language)
+        return Sample(f"conversation-{self.seed}-{index}", turns, pictures, language)
 
 
-def check_sample_index(index: int, sample_count: int) -> None:
-    """Raise IndexError beyond the end of a source."""
-    if not 0 <= index < sample_count:
-        raise IndexError(f"sample {index} of {sample_count}")
+def caption_turns(caption: str, language: str) -> tuple[ChatTurn, ...]:
+    """Return the turns of one image with its caption."""
+    asked = f"{IMAGE_PLACEHOLDER}\n{CAPTION_PROMPTS[language]}"
+    return ChatTurn("human", asked), ChatTurn("assistant", caption)
+
+
+def question_turns(
+    questions: Sequence[SceneQuestion], picture_count: int, language: str
+) -> tuple[ChatTurn, ...]:
+    """Return the turns of questions with their answers; the first one shows all pictures."""
+    turns: list[ChatTurn] = []
+    for question in questions:
+        heading = "" if turns else image_heading(picture_count, language)
+        turns.append(ChatTurn("human", heading + question.text))
+        turns.append(ChatTurn("assistant", question.answer))
+    return tuple(turns)

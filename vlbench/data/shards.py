@@ -87,7 +87,7 @@ class TarImage:
 
     def read_size(self, exif: bool) -> tuple[int, int]:
         """Return width and height in pixels from the header of the image's file."""
-        return partial_image_size(self._read_bytes, self.size, self.name, exif)
+        return partial_image_size(self._read_bytes, self.name, exif)
 
     def _read_bytes(self, most: int | None = None) -> bytes:
         size = self.size if most is None else min(self.size, most)

@@ -60,10 +60,18 @@ class ViewLayout:
     """Whether an image is turned as its EXIF orientation says."""
 
     def __post_init__(self) -> None:
-        rows, columns = self.token_grid or (1, self.tokens_per_view)
-        if rows * columns != self.tokens_per_view:
+        grid = self.token_grid
+        if grid is None:
+            return
+        is_grid = isinstance(grid, tuple) and [type(edge) for edge in grid] == [int, int]
+        if not is_grid or min(grid) < 1:
             raise UserError(
-                f"the connector's token_grid is {rows} x {columns}, and its tokens_per_image is "
+                f"the connector's token_grid is {grid!r}; expected are the numbers of its rows and "
+                "columns, as (4, 4), or None"
+            )
+        if grid[0] * grid[1] != self.tokens_per_view:
+            raise UserError(
+                f"the connector's token_grid is {grid[0]} x {grid[1]}, and its tokens_per_image is "
                 f"{self.tokens_per_view}"
             )
 

@@ -20,8 +20,8 @@ from torch import Tensor
 from vlbench.connector.base import zero_like_loss
 from vlbench.connector.levels import as_levels, concat_channels, first_level, map_levels
 from vlbench.data.packing import PackedBatch, collate
-from vlbench.data.sample import ChatTurn, Sample
-from vlbench.data.sample_encoding import IGNORE_INDEX
+from vlbench.data.sample import ChatTurn, LazyImage, Sample
+from vlbench.data.sample_encoding import IGNORE_INDEX, EncodedSample
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.view_map import map_image
@@ -59,19 +59,22 @@ def diagnose_answers(
     the result is empty. The model is not changed.
     """
     diagnosed: list[tuple[EvalQuestion, str, AnswerRelevance]] = []
+    first_images: list[LazyImage] = []
     model = in_eval_mode(vlm.model)
     with torch.random.fork_rng([vlm.device] if vlm.device.type == "cuda" else []):
         for question, answer in answered_questions:
-            batch = answered_batch(vlm.processor, question.sample, answer)
-            if batch is not None:
+            encoded = encode_answered(vlm.processor, question.sample, answer)
+            if encoded is not None:
+                batch = collate([[encoded]], vlm.processor.transform.load_pixels)
                 relevance = measure_relevance(model, batch.to(vlm.device))
                 diagnosed.append((question, answer, relevance))
+                first_images.append(encoded.sample.images[0])
     if not diagnosed:
         return {}
     relevances = [relevance for _, _, relevance in diagnosed]
     finite = [one.token_relevance for one in relevances if one.token_relevance.isfinite().all()]
     token_shares = torch.stack(finite).mean(0) if finite else None
-    draw = partial(_draw_map, vlm)
+    draw = partial(map_image, vlm.processor.transform, grid=vlm.model.shapes.grid)
     effective = None if token_shares is None else torch.special.entr(token_shares).sum().exp()
     return {
         "maps": [
@@ -83,14 +86,14 @@ def diagnose_answers(
                 "grid": list(drawn.shape),
                 "relevance": _round_numbers(drawn) if drawn.isfinite().all() else None,
             }
-            for question, answer, relevance in diagnosed
-            for drawn in [draw(question.sample, relevance.patch_relevance)]
+            for (question, answer, relevance), image in zip(diagnosed, first_images, strict=True)
+            for drawn in [draw(image, relevance.patch_relevance)]
         ],
         "tokens": None if token_shares is None else _round_numbers(token_shares),
         "effective": None if effective is None else _round_numbers(effective),
         "attention": _summarize_attention(
             [relevance.connector_attention for relevance in relevances],
-            [question.sample for question, _, _ in diagnosed],
+            first_images,
             draw,
         ),
     }
@@ -145,10 +148,11 @@ def _check_attention(vlm: VLM, attention: Tensor, expected_shape: tuple[int, ...
         )
 
 
-def answered_batch(processor: Processor, sample: Sample, answer: str) -> PackedBatch | None:
-    """Return a conversation and its answer, the one label, as a batch; None without an image.
+def encode_answered(processor: Processor, sample: Sample, answer: str) -> EncodedSample | None:
+    """Return a conversation and its answer, which alone has labels; None without an image.
 
-    None too for an answer that is no valid text, such as an image placeholder.
+    None too for an answer that is no valid text, such as an image placeholder. Its images are as
+    they are laid out: of a tiled model `TiledImage`s.
     """
     if not sample.images:
         return None
@@ -158,8 +162,7 @@ def answered_batch(processor: Processor, sample: Sample, answer: str) -> PackedB
         encoded = encoder.encode(answered)
     except BadSample:
         return None
-    encoded = replace(encoded, labels=_keep_last_answer(encoded.labels))
-    return collate([[encoded]], processor.transform.load_pixels)
+    return replace(encoded, labels=_keep_last_answer(encoded.labels))
 
 
 def _keep_last_answer(labels: list[int]) -> list[int]:
@@ -179,12 +182,12 @@ def _relevance_shares(values: Tensor, gradients: Tensor) -> Tensor:
 
 def _summarize_attention(
     attention_maps: Sequence[Tensor | None],
-    samples: Sequence[Sample],
-    draw: Callable[[Sample, Tensor], Tensor],
+    images: Sequence[LazyImage],
+    draw: Callable[[LazyImage, Tensor], Tensor],
 ) -> dict[str, Any] | None:
     """Return the `attention` of `diagnose_answers`; None if any map is missing or not finite.
 
-    `draw` makes a map over the first image of a sample.
+    `draw` makes a map over an image, of which `images` has that of each map.
     """
     finite = [one for one in attention_maps if one is not None and one.isfinite().all()]
     if len(finite) < len(attention_maps):
@@ -194,15 +197,10 @@ def _summarize_attention(
         "entropy": _round_numbers(torch.special.entr(tokens).sum(-1).mean()),
         "uniform": _round_numbers(torch.tensor(tokens.shape[-1]).double().log()),
         "maps": [
-            _round_numbers(draw(sample, attention.mean(1) / len(attention)))
-            for sample, attention in zip(samples, finite, strict=True)
+            _round_numbers(draw(image, attention.mean(1) / len(attention)))
+            for image, attention in zip(images, finite, strict=True)
         ],
     }
-
-
-def _draw_map(vlm: LoadedVLM, sample: Sample, views: Tensor) -> Tensor:
-    """Return `[views, patches]` as a map `[rows, columns]` over the first image of a sample."""
-    return map_image(vlm.processor, sample, 0, views, vlm.model.shapes.grid)
 
 
 def _round_numbers(values: Tensor) -> Any:

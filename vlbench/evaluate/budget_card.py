@@ -30,10 +30,9 @@ def build_budget_card(
     - `parts`: of each part the `total` parameters, and those `trained` in any stage
     - `step_seconds`: of each stage the median time of an optimizer step
     - `steps`, `epochs`: of each stage that was run; epochs are passes over its data
-    - `samples`, `images`, `tokens_seen` (image positions included), `supervised_tokens`: what was
-      trained on; `truncated_samples`, `lost_supervised_tokens`: what was cut off at
-      `language.max_length`. Absent in a run of a version that did not count them. `images` are
-      views where images are tiled
+    - `samples`, `images`, `views` of these images, `tokens_seen` (image positions included),
+      `supervised_tokens`: what was trained on; `truncated_samples`, `lost_supervised_tokens`: what
+      was cut off at `language.max_length`. Absent in a run of a version that did not count them
     - `reduced_samples`: samples with fewer tiles than they could have, if there were any
     - `unused_objectives`: those that the connector offers and no stage trained
 

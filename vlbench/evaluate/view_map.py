@@ -9,9 +9,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vlbench.data.image_processing import ImageTransform
+from vlbench.data.image_size import read_image_size
 from vlbench.data.image_tiling import SINGLE_VIEW, ImageTiling, TiledImage
-from vlbench.data.sample import Sample
-from vlbench.processor import Processor
+from vlbench.data.sample import LazyImage
 
 Box = tuple[float, float, float, float]
 """Left, top, right and bottom of a map, in shares of an image's width and height."""
@@ -19,28 +20,24 @@ WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 
 
 def map_image(
-    processor: Processor, sample: Sample, image: int, views: Tensor, grid: tuple[int, int]
+    transform: ImageTransform, image: LazyImage, views: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """Return the map `[rows, columns]` over image number `image` of a sample, from 0.
+    """Return the map `[rows, columns]` over an image, which is a `TiledImage` if it is tiled.
 
     `views` are a value for each patch of its views, `[views, patches]`, whose rows and columns are
     `grid`.
     """
     maps: Tensor = views.unflatten(1, grid)
-    layout = processor.view_layout
-    if layout is None:
+    if transform.tiling is None or not isinstance(image, TiledImage):
         return maps[0]
-    tiled = layout.tile_sample(sample).images[image]
-    return merge_views(maps, tiled, layout.settings.tiling, layout.side)
+    return merge_views(maps, image, transform.tiling, transform.crop)
 
 
-def find_map_box(processor: Processor, sample: Sample, image: int) -> Box:
-    """Return where the map over an image of a sample lies; what is padded is outside of 0..1."""
-    layout, transform = processor.view_layout, processor.transform
-    if layout is None:
-        return transform.seen_box(*transform.open_image(sample.images[image]).size)
-    tiled = layout.tile_sample(sample).images[image]
-    return find_box(tiled, layout.settings.tiling, layout.side)
+def find_map_box(transform: ImageTransform, image: LazyImage) -> Box:
+    """Return where the map over an image lies; what is padded is outside of 0..1."""
+    if transform.tiling is None or not isinstance(image, TiledImage):
+        return transform.seen_box(*read_image_size(image, transform.exif))
+    return find_box(image, transform.tiling, transform.crop)
 
 
 def merge_views(maps: Tensor, tiled: TiledImage, tiling: ImageTiling, side: int) -> Tensor:

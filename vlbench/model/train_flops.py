@@ -43,10 +43,10 @@ class StepFlops:
     """A pair of positions of which one attends to the other."""
     per_supervised_position: float
     """A supervised position: the projection to the vocabulary."""
-    per_image: float
-    """An image, or a view of a tiled one: vision encoder and connector."""
-    per_image_encoding: float
-    """The part of an image that is not run where its features are cached: the vision encoder."""
+    per_view: float
+    """A view of an image, of which an untiled one has one: vision encoder and connector."""
+    per_view_encoding: float
+    """The part of a view that is not run where its features are cached: the vision encoder."""
 
     def count_flops(self, batches: Iterable[PackedBatch], causal: bool = True) -> float:
         """Return the operations of micro-batches; without `causal`, of full attention."""
@@ -54,11 +54,10 @@ class StepFlops:
         for batch in batches:
             lengths = [length for row in batch.sample_lengths for length in row]
             pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
-            image = self.per_image - (self.per_image_encoding if batch.features is not None else 0)
+            view = self.per_view - (self.per_view_encoding if batch.features is not None else 0)
             total += self.per_position * sum(lengths) + self.per_attended_pair * pairs
-            total += self.per_supervised_position * batch.supervised_token_count + image * len(
-                batch.pixels
-            )
+            total += self.per_supervised_position * batch.supervised_token_count
+            total += view * batch.view_count
         return total
 
 
@@ -86,8 +85,8 @@ def count_step_flops(vlm: VLM, views_per_image: int = 1) -> StepFlops:
         per_position=position_flops,
         per_attended_pair=pair_flops,
         per_supervised_position=_matmul_flops(vlm.language.lm_head, needs_grad),
-        per_image=encoder_flops + connector_flops,
-        per_image_encoding=encoder_flops,
+        per_view=encoder_flops + connector_flops,
+        per_view_encoding=encoder_flops,
     )
 
 

@@ -12,6 +12,7 @@ from vlbench.planner.training_plan import TrainingPlan, make_plan
 from vlbench.text_tables import format_table
 from vlbench.train.compile_choice import ASSUMED_TEXT_TOKENS
 from vlbench.train.run_report import format_bytes, format_duration
+from vlbench.train.view_report import describe_view_counts
 
 YI_VL_DAYS = {"yi-6b": 3, "yi-34b": 10}
 """Approximate days of training on 128 A800, from Yi-VL's model card."""
@@ -119,13 +120,11 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
 
 def _describe_views(work: StageWorkload) -> str:
     """Return how many views the images of a stage have, and what they take of a sample."""
-    sample, images = work.mean_sample, work.images_by_views.total()
-    shares = ", ".join(
-        f"{views} ({count / images:.0%})" for views, count in sorted(work.images_by_views.items())
-    )
+    sample, counts = work.mean_sample, work.images_by_views
+    views = describe_view_counts(counts) if counts else "no images"
     return (
-        f"views of an image in {work.stage_name}: {shares or 'no images'}; a sample has "
-        f"{sample.view_count:.3g} and {sample.image_positions:.0f} visual tokens on average"
+        f"views of an image in {work.stage_name}: {views}; images, views and image positions of a "
+        f"sample: {sample.image_count:.3g}, {sample.view_count:.3g}, {sample.image_positions:.4g}"
     )
 
 

@@ -180,7 +180,7 @@ def sample_flops(flops: StepFlops, sample: SampleShape) -> float:
         flops.per_position * sample.token_count
         + flops.per_attended_pair * pairs
         + flops.per_supervised_position * sample.supervised_tokens
-        + flops.per_image * sample.view_count
+        + flops.per_view * sample.view_count
     )
 
 
@@ -193,8 +193,8 @@ def _recompute_flops(vlm: VLM, sample: SampleShape) -> dict[str, float]:
     trains_vision = vlm.is_vision_trained()
     with temporarily_frozen(vlm):
         forward = count_step_flops(vlm, sample.views_per_image)
-    per_image = forward.per_image - (0 if trains_vision else forward.per_image_encoding)
-    vision = per_image * sample.view_count
+    per_view = forward.per_view - (0 if trains_vision else forward.per_view_encoding)
+    vision = per_view * sample.view_count
     decoder = (
         forward.per_position * sample.token_count
         + forward.per_attended_pair * sample.token_count**2 / 2

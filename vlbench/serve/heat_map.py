@@ -7,8 +7,9 @@ from typing import NamedTuple
 import torch
 
 from vlbench.core_sharing import share_cores
+from vlbench.data.packing import collate
 from vlbench.errors import UserError
-from vlbench.evaluate.attention_diagnostics import answered_batch, measure_relevance
+from vlbench.evaluate.attention_diagnostics import encode_answered, measure_relevance
 from vlbench.evaluate.view_map import find_map_box, map_image
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -37,13 +38,14 @@ def compute_heat_map(
         count = f"{len(sample.images)} picture{'' if len(sample.images) == 1 else 's'}"
         raise UserError(f"image={image}: the conversation has {count}, counted from 0")
     processor = vlm.processor
-    batch = answered_batch(processor, sample, answer)
-    if batch is None:
+    encoded = encode_answered(processor, sample, answer)
+    if encoded is None:
         raise UserError("this answer cannot be given to the model as its own")
+    batch = collate([[encoded]], processor.transform.load_pixels)
     devices = [vlm.device] if vlm.device.type == "cuda" else []
     with torch.random.fork_rng(devices), share_cores(vlm.device):
         relevance = measure_relevance(in_eval_mode(vlm.model), batch.to(vlm.device), image)
-    grid = vlm.model.shapes.grid
-    drawn = map_image(processor, sample, image, relevance.patch_relevance, grid)
+    shown, grid = encoded.sample.images[image], vlm.model.shapes.grid
+    drawn = map_image(processor.transform, shown, relevance.patch_relevance, grid)
     rows = drawn.tolist() if drawn.isfinite().all() else None
-    return HeatMap(rows, find_map_box(processor, sample, image))
+    return HeatMap(rows, find_map_box(processor.transform, shown))

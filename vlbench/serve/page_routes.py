@@ -98,7 +98,7 @@ def describe_for_page(vlm: LoadedVLM) -> dict[str, Any]:
             "position": flops.per_position,
             "attended_pair": flops.per_attended_pair,
             "answer_token": flops.per_supervised_position,
-            "view": flops.per_image,
+            "view": flops.per_view,
         },
     }
 

@@ -193,8 +193,9 @@ def total_loss(output: VLMOutput) -> Tensor:
 def largest_row(vlm: VLM, steps: StepDataset) -> PackedBatch:
     """Return a micro-batch as large as any of the stage is likely to be.
 
-    Of the first samples it is the row with most images. Where the language model is trained, text
-    fills it to the longest row that the stage may have, since such a row may come later.
+    Of the first samples it is the row with most views of images. Where the language model is
+    trained, text fills it to the longest row that the stage may have, since such a row may come
+    later.
     """
     row = _densest_row(steps)
     if vlm.objective != "language":
@@ -203,14 +204,14 @@ def largest_row(vlm: VLM, steps: StepDataset) -> PackedBatch:
 
 
 def _densest_row(steps: StepDataset) -> PackedBatch:
-    """Return the row of the first steps with most images, of equal ones the longest.
+    """Return the row of the first steps with most views of images, of equal ones the longest.
 
     Images are opened of that row alone; rows without a sample that can be used are passed over.
     """
     step_samples = -(-steps.global_batch_size // steps.world_size)
     step_count = min(len(steps), -(-CANDIDATE_SAMPLES // step_samples))
     rows = [row for index in range(step_count) for row in steps.plan_step(index).rows]
-    for row in sorted(rows, key=lambda row: (row.image_count, sum(row.sample_lengths)))[::-1]:
+    for row in sorted(rows, key=lambda row: (row.view_count, sum(row.sample_lengths)))[::-1]:
         batch = steps.load_row(row).batch
         if batch is not None:
             return batch

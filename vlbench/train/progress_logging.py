@@ -31,6 +31,7 @@ METRIC_COLUMNS = (
     "grad_norm",
     "tokens_per_second",
     "images_per_second",
+    "views_per_second",
     "step_seconds",
     "data_wait",
     "mfu",

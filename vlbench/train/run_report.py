@@ -30,6 +30,7 @@ from vlbench.text_tables import format_table
 from vlbench.train.model_names import MINIATURE_HINT, find_model_names, has_foreign_data
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_results_file import read_results
+from vlbench.train.view_report import describe_reduced
 
 HARDLY_LEARNED_LOSS = 2.0  # nats a token: the right one has a probability of 0.135
 
@@ -149,10 +150,7 @@ def show_truncation(stage_name: str, before: Mapping[str, int], after: Mapping[s
         )
     reduced = after.get("reduced_samples", 0) - before.get("reduced_samples", 0)
     if reduced:
-        print_status(
-            f"stage {stage_name}: {reduced:,} of {samples:,} samples had fewer tiles than they "
-            "could, for vision.max_visual_tokens"
-        )
+        print_status(f"stage {stage_name}: {describe_reduced(reduced, samples)}")
 
 
 def show_disk_usage(vlm: VLM, parts: list[str], kept_checkpoints: int, folder: Path) -> None:

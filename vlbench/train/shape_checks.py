@@ -28,6 +28,7 @@ from vlbench.model.build_vlm import (
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.paired_encoder import build_encoders, check_encoder_weights
+from vlbench.model.view_tokens import connector_layout
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
@@ -139,6 +140,7 @@ def connectors_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list
                         )
                 connector = connectors[shapes]
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
+            _check_view_fits(connector, config, stage_run.stage.image_size)
             encoder.read_blocks(connector.vision_layers, connector.class_token)
             by_stage.append(connector)
         except UserError:
@@ -164,6 +166,23 @@ def _check_image_fits(tokens_per_image: int, max_length: int) -> None:
         raise ValueError(
             f"an image takes {tokens_per_image} tokens of the text, and "
             f"language.max_length={max_length} leaves no room for them"
+        )
+
+
+def _check_view_fits(connector: Connector, config: ModelConfig, side: int) -> None:
+    """Raise a UserError if an image of one view, `side` pixels, has more visual tokens than any.
+
+    So it does for a connector whose tokens cannot be laid out.
+    """
+    layout = connector_layout(connector, read_view_settings(config.vision), side)
+    most = config.vision.max_visual_tokens
+    if layout is None or most is None:
+        return
+    tokens = layout.tokens_per_view + layout.settings.has_newline
+    if tokens > most:
+        raise UserError(
+            f"vision.max_visual_tokens is {most}, and at {side} pixels an image of one view takes "
+            f"{tokens} visual tokens"
         )
 
 

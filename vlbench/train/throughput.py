@@ -50,7 +50,7 @@ class ThroughputMeter:
 
     def _reset_window(self) -> None:
         self.window_start = time.monotonic()
-        self.tokens = self.images = self.steps = 0
+        self.tokens = self.images = self.views = self.steps = 0
         self.data_wait_seconds = self.flops_done = 0.0
 
     def count_step(self, training: VLMTrainingModule, step: OptimizerStep) -> None:
@@ -58,6 +58,7 @@ class ThroughputMeter:
         report = training.report
         self.tokens += report.tokens
         self.images += report.images
+        self.views += report.views
         self.steps += 1
         self.data_wait_seconds += training.data_wait_seconds
         if self.step_flops:
@@ -77,6 +78,7 @@ class ThroughputMeter:
         row = {
             "tokens_per_second": round(self.tokens / seconds, 1),
             "images_per_second": round(self.images / seconds, 2),
+            "views_per_second": round(self.views / seconds, 2),
             "step_seconds": round(seconds / self.steps, 4),
             "data_wait": round(min(1.0, self.data_wait_seconds / seconds), 4),
             "mfu": mfu,
@@ -88,10 +90,12 @@ class ThroughputMeter:
 
 
 def format_throughput(row: dict[str, Any]) -> str:
-    """Return the text of a row's speed."""
+    """Return the text of a row's speed; views are told where images have several."""
+    is_tiled = row["views_per_second"] != row["images_per_second"]
     parts = [
         f"{row['tokens_per_second']:.0f} tokens/s",
         f"{row['images_per_second']:.1f} images/s",
+        *([f"{row['views_per_second']:.1f} views/s"] if is_tiled else []),
         f"data wait {row['data_wait']:.0%}",
     ]
     parts += [f"MFU {row['mfu']:.0%}"] if row["mfu"] != "" else []

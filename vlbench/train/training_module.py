@@ -47,6 +47,7 @@ from vlbench.train.step_sync import (
 SEEN_COUNTS = (
     "samples",
     "images",
+    "views",
     "tokens",
     "supervised_tokens",
     "truncated_samples",
@@ -71,6 +72,8 @@ class StepReport:
     tokens: int = 0
     """Positions in packed rows: text and image positions, without padding."""
     images: int = 0
+    views: int = 0
+    """What the vision encoder sees: as many as images, unless they are tiled."""
     samples: int = 0
     supervised_tokens: int = 0
     """Positions with a label."""

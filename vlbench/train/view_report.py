@@ -21,6 +21,14 @@ def describe_view_counts(counts: Mapping[int, int]) -> str:
     return f"{mean:.3g} on average; {', '.join(shares)}"
 
 
+def describe_reduced(reduced: int, samples: int) -> str:
+    """Return how many of so many samples had their tiles reduced to `max_visual_tokens`."""
+    return (
+        f"{reduced:,} of {samples:,} samples have fewer tiles than they could, for "
+        "vision.max_visual_tokens"
+    )
+
+
 def show_views(steps: StepDataset) -> None:
     """Print how many views and positions images take in a stage, as its first samples have them.
 
@@ -46,4 +54,4 @@ def show_views(steps: StepDataset) -> None:
         f"positions a sample, in the first {samples}"
     )
     if reduced:
-        print(f"  {reduced} of them have fewer tiles than they could, for vision.max_visual_tokens")
+        print(f"  {describe_reduced(reduced, samples)}")

@@ -10,6 +10,7 @@ from vlbench.compare.report.finished_runs import BUDGET_LABELS
 TRAINING_LABELS = {
     "samples": "samples seen in training",
     "images": "images seen in training",
+    "views": "views of these images",
     "tokens_seen": "tokens seen in training",
     "supervised_tokens": "supervised tokens in training",
     "truncated_samples": "samples cut at max_length",
@@ -28,9 +29,11 @@ def available_budgets(rows: Sequence[RowResult]) -> dict[str, str]:
 
 def cost_table(rows: Sequence[RowResult]) -> list[tuple[str, list[str]]]:
     """Return the lines of the cost table: a label, and the value of each row, "" if not known."""
+    is_tiled = any(row.budget.get("views") != row.budget.get("images") for row in rows)
     lines = [
         (label, _value_per_row(rows, _budget_getter(key)))
         for key, label in {**BUDGET_LABELS, **TRAINING_LABELS}.items()
+        if key != "views" or is_tiled
     ]
     for part in _nested_names(rows, "parts"):
         lines.append(
