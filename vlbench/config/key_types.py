@@ -24,6 +24,7 @@ PartName = Literal["vision", "second_vision", "connector", "language"]
 SampleFormat = Literal["caption", "chat"]
 OnBadSample = Literal["auto", "quarantine", "stop"]
 TilingRule = Literal["llava_next", "internvl"]
+ImageAspect = Literal["square", "native"]
 ViewTags = Literal["none", "newline", "numbered"]
 PART_NAMES: tuple[str, ...] = get_args(PartName)
 """In the order of their tensors in files; a model of one vision encoder has no `second_vision`."""

@@ -16,6 +16,7 @@ from vlbench.config.key_types import (
     Count,
     EncoderName,
     GridText,
+    ImageAspect,
     PathText,
     RecipeSection,
     TilingRule,
@@ -131,6 +132,9 @@ class VisionEncoderConfig(NamedEncoderConfig):
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+    aspect: ImageAspect = key(
+        "shape of an image to a NaFlexViT; native: its own, with as many patches", "square"
+    )
     tiling: TilingConfig | None = key("several views of an image; null: one square", None)
     max_visual_tokens: Count | None = key(
         "image positions of a sample, to which tiles are reduced; null: any number", None
@@ -138,6 +142,15 @@ class VisionEncoderConfig(NamedEncoderConfig):
 
     @model_validator(mode="after")
     def _check_tiling(self) -> Self:
+        if self.aspect == "native" and self.tiling is not None:
+            raise ValueError(
+                "has aspect=native and tiling: a tile is a square; leave one of the two out"
+            )
+        if self.aspect == "native" and self.second is not None:
+            raise ValueError(
+                f"has aspect=native and second.name={self.second.name}: patches of two encoders "
+                "lie on each other in squares alone; leave one of the two out"
+            )
         if self.max_visual_tokens is not None and self.tiling is None:
             raise ValueError(
                 f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
@@ -149,6 +162,11 @@ class VisionEncoderConfig(NamedEncoderConfig):
                 "of one encoder; leave one of the two out"
             )
         return self
+
+    @property
+    def has_views(self) -> bool:
+        """Whether what an image takes of the text depends on its width and height."""
+        return self.tiling is not None or self.aspect == "native"
 
     def with_random_weights(self) -> Self:
         """Return it with random weights, those of the second too."""

@@ -54,11 +54,16 @@ def reads_answers(vlm: LoadedVLM) -> bool:
 
 
 def have_equal_views(vlm: LoadedVLM, samples: Sequence[Sample]) -> bool:
-    """Tell whether all pictures of samples have as many views and image positions."""
+    """Tell whether all pictures of samples have as many views and image positions.
+
+    In their own aspect ratios they need the same rows and columns of patches.
+    """
     layout = vlm.processor.view_layout
     if layout is None:
         return True
     images = [image for sample in samples for image in layout.tile_sample(sample).images]
+    if layout.settings.tiling is None:
+        return len({image.grid for image in images}) <= 1
     return len({(len(image.views), layout.count_positions(image)) for image in images}) <= 1
 
 

@@ -30,8 +30,12 @@ def map_image(
     layout = processor.view_layout
     if layout is None:
         return maps[0]
-    tiled = layout.tile_sample(sample).images[image]
-    return merge_views(maps, tiled, layout.settings.tiling, layout.side)
+    tiled, tiling = layout.tile_sample(sample).images[image], layout.settings.tiling
+    if tiling is None:  # what is behind its own patches on the sheet is no part of it
+        rows, columns = tiled.grid
+        own: Tensor = views[0, : rows * columns].unflatten(0, tiled.grid)
+        return own
+    return merge_views(maps, tiled, tiling, layout.side)
 
 
 def find_map_box(processor: Processor, sample: Sample, image: int) -> Box:
@@ -39,6 +43,8 @@ def find_map_box(processor: Processor, sample: Sample, image: int) -> Box:
     layout, transform = processor.view_layout, processor.transform
     if layout is None:
         return transform.seen_box(*transform.open_image(sample.images[image]).size)
+    if layout.settings.tiling is None:
+        return WHOLE_IMAGE
     tiled = layout.tile_sample(sample).images[image]
     return find_box(tiled, layout.settings.tiling, layout.side)
 
