@@ -27,7 +27,7 @@ ARGS = {
 }  # fmt: skip
 SIZES = ((60, 20), (32, 32), (30, 90), (24, 40))
 """Of images in pixels: on grids of 2 x 6, 4 x 4, 6 x 2 and 5 x 3 patches."""
-GRIDS = ((2, 6), (4, 4), (6, 2), (3, 5))
+GRIDS = ((2, 6), (4, 4), (6, 2), (5, 3))
 
 
 def native_encoder(**changes: Any) -> VisionEncoder:

