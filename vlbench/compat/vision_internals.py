@@ -165,7 +165,7 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
 
     `grids` are rows and columns of each image. The result has `patches` `[images, patches, numbers
     of a patch]`, `patch_coord` and `patch_valid`. Coordinates stay on the CPU: timm asks each image
-    for its grid, which would wait for a GPU, and reads nothing else of them.
+    for its grid, which would wait for a GPU, and reads nothing else of them unless it samples.
     """
     import torch
     from timm.models.naflexvit import batch_patchify
@@ -185,7 +185,7 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
         valid[image, : len(own)] = True
     return {
         "patches": patches,
-        "patch_coord": places,
+        "patch_coord": places.to(pixels.device) if embeds.pos_embed_use_grid_sample else places,
         "patch_valid": valid.to(pixels.device, non_blocking=True),
     }
 
