@@ -145,6 +145,6 @@ def _describe_model(model: ServedModel) -> str:
     settings = model.vlm.processor.view_settings
     most = "up to " if settings is not None and settings.tiling is None else ""
     return (
-        f"{model.name}: {facts['connector']}, {most}{tokens} visual token{'' if tokens == 1 else 's'} "
-        f"per {what} of {facts['image_size']} pixels, on {model.vlm.device}"
+        f"{model.name}: {facts['connector']}, {most}{tokens} visual "
+        f"token{'' if tokens == 1 else 's'} per {what} of {facts['image_size']} pixels, on {model.vlm.device}"
     )
