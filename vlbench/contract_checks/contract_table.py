@@ -49,13 +49,6 @@ CONTRACT = (
         is_basic=True,
     ),
     ContractCheck(
-        "any_grid",
-        "with any_grid, a visual token is made of the patch at its place alone",
-        "leave any_grid out: images in their own aspect ratios have other rows and columns than "
-        "`shapes`, and fewer patches",
-        output_checks.check_any_grid,
-    ),
-    ContractCheck(
         "finite",
         "visual tokens and losses are finite numbers",
         "look for a division by zero, a log, or a tensor that is not initialised (torch.empty)",
@@ -83,6 +76,13 @@ CONTRACT = (
         "use question.embeddings in forward, of each image its own, and question.mask: behind "
         "question.lengths is padding; a question may have no token",
         question_checks.check_question,
+    ),
+    ContractCheck(
+        "any_grid",
+        "with any_grid, a visual token is made of the patch at its place alone",
+        "leave any_grid out: images in their own aspect ratios have other rows and columns than "
+        "`shapes`, and fewer patches",
+        output_checks.check_any_grid,
     ),
     ContractCheck(
         "size_options",

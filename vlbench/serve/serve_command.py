@@ -146,5 +146,6 @@ def _describe_model(model: ServedModel) -> str:
     most = "up to " if settings is not None and settings.tiling is None else ""
     return (
         f"{model.name}: {facts['connector']}, {most}{tokens} visual "
-        f"token{'' if tokens == 1 else 's'} per {what} of {facts['image_size']} pixels, on {model.vlm.device}"
+        f"token{'' if tokens == 1 else 's'} per {what} of {facts['image_size']} pixels, on "
+        f"{model.vlm.device}"
     )
