@@ -164,8 +164,11 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
     """Return what a `NaFlexVit` takes of sheets of patches `[images, 3, side, side]`.
 
     `grids` are rows and columns of each image. The result has `patches` `[images, patches, numbers
-    of a patch]`, `patch_coord` and `patch_valid`. Coordinates stay on the CPU: timm asks each image
-    for its grid, which would wait for a GPU, and reads nothing else of them unless it samples.
+    of a patch]`, their rows and columns `patch_coord` `[images, patches, 2]`, and `attn_mask`
+    `[images, 1, 1, tokens]`, which hides what is behind an image's own patches. timm would make a
+    mask of `patch_valid` that hides all from padding, too: under autocast that can become NaN.
+    Coordinates stay on the CPU: timm asks each image for its grid, which would wait for a GPU, and
+    reads nothing else of them unless it samples.
     """
     import torch
     from timm.models.naflexvit import batch_patchify
@@ -174,19 +177,18 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
     patches, _ = batch_patchify(
         pixels, embeds.patch_size, pad=False, channels_last=embeds.channels_last
     )
-    count = patches.shape[1]
-    numbers = torch.arange(count)
+    prefix, count = visual.trunk.num_prefix_tokens, patches.shape[1]
     places = torch.zeros(len(grids), count, 2, dtype=torch.long)
-    valid = torch.zeros(len(grids), count, dtype=torch.bool)
+    mask = torch.zeros(len(grids), 1, 1, prefix + count, dtype=pixels.dtype)
     for image, (rows, columns) in enumerate(grids):
-        own = numbers[: rows * columns]
+        own = torch.arange(rows * columns)
         places[image, : len(own), 0] = own.div(columns, rounding_mode="floor")
         places[image, : len(own), 1] = own.remainder(columns)
-        valid[image, : len(own)] = True
+        mask[image, 0, 0, prefix + len(own) :] = -torch.inf
     return {
         "patches": patches,
         "patch_coord": places.to(pixels.device) if embeds.pos_embed_use_grid_sample else places,
-        "patch_valid": valid.to(pixels.device, non_blocking=True),
+        "attn_mask": mask.to(pixels.device, non_blocking=True),
     }
 
 
