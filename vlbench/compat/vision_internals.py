@@ -165,7 +165,7 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
 
     `grids` are rows and columns of each image. The result has `patches` `[images, patches, numbers
     of a patch]`, their rows and columns `patch_coord` `[images, patches, 2]`, and `attn_mask`
-    `[images, 1, 1, tokens]`, which hides what is behind an image's own patches. timm would make a
+    `[images, 1, 1, tokens]`, False behind an image's own patches. timm would make a
     mask of `patch_valid` that hides all from padding, too: under autocast that can become NaN.
     Coordinates stay on the CPU: timm asks each image for its grid, which would wait for a GPU, and
     reads nothing else of them unless it samples.
@@ -179,12 +179,12 @@ def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]])
     )
     prefix, count = visual.trunk.num_prefix_tokens, patches.shape[1]
     places = torch.zeros(len(grids), count, 2, dtype=torch.long)
-    mask = torch.zeros(len(grids), 1, 1, prefix + count, dtype=pixels.dtype)
+    mask = torch.ones(len(grids), 1, 1, prefix + count, dtype=torch.bool)
     for image, (rows, columns) in enumerate(grids):
         own = torch.arange(rows * columns)
         places[image, : len(own), 0] = own.div(columns, rounding_mode="floor")
         places[image, : len(own), 1] = own.remainder(columns)
-        mask[image, 0, 0, prefix + len(own) :] = -torch.inf
+        mask[image, 0, 0, prefix + len(own) :] = False
     return {
         "patches": patches,
         "patch_coord": places.to(pixels.device) if embeds.pos_embed_use_grid_sample else places,
