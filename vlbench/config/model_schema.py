@@ -133,7 +133,7 @@ class VisionEncoderConfig(NamedEncoderConfig):
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
     aspect: ImageAspect = key(
-        "shape of an image to a NaFlexViT; native: its own, with as many patches", "square"
+        "square; native: images keep their shape, for a NaFlexViT of timm", "square"
     )
     tiling: TilingConfig | None = key("several views of an image; null: one square", None)
     max_visual_tokens: Count | None = key(
