@@ -95,9 +95,11 @@ def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     # a connector may write into its features
     visual = model.connector(*model.connector_inputs(batch, map_levels(Tensor.clone, features)))
     middle, last = _hidden_states(model, batch, visual)
-    picture_count = len(batch.list_view_bounds()) - 1
+    picture_count, own = len(batch.list_view_bounds()) - 1, slice(None)
+    if batch.patch_grids:  # of all pictures alike; what is behind their patches is padding
+        own = slice(batch.patch_grids[0][0] * batch.patch_grids[0][1])
     encoder, connector = (
-        concat_channels(levels).unflatten(0, (picture_count, -1)).flatten(1, 2)
+        concat_channels(levels)[:, own].unflatten(0, (picture_count, -1)).flatten(1, 2)
         for levels in (features, visual)
     )
     if not model.connector.replaces_image_tokens:
