@@ -95,7 +95,8 @@ def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     # a connector may write into its features
     visual = model.connector(*model.connector_inputs(batch, map_levels(Tensor.clone, features)))
     middle, last = _hidden_states(model, batch, visual)
-    picture_count, own = len(batch.list_view_bounds()) - 1, slice(None)
+    picture_count = len(batch.list_view_bounds()) - 1
+    own: slice = slice(None)
     if batch.patch_grids:  # of all pictures alike; what is behind their patches is padding
         own = slice(batch.patch_grids[0][0] * batch.patch_grids[0][1])
     encoder, connector = (
