@@ -20,6 +20,7 @@ NORM_EPSILON = 1e-6  # of Qwen3-VL's mergers
 class DeepStackConnector(Connector):
     """The MLP `llava_mlp`, and `levels` more networks whose tokens are added in the decoder."""
 
+    any_grid = True
     size_options = {
         "levels": range(1, 17),
         "mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)],

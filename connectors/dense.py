@@ -19,6 +19,7 @@ from vlbench.connector.base import Connector, Shapes
 class DenseConnector(Connector):
     """Channel concatenation of `vision.layer` and `groups` of encoder blocks, and an MLP."""
 
+    any_grid = True
     size_options = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}
 
     def __init__(

@@ -18,6 +18,7 @@ from vlbench.model.weights.llava_projector import (
 class LinearConnector(Connector):
     """One Linear layer for every patch."""
 
+    any_grid = True
     ignored_reference_keys = OTHER_PARTS_PATTERN
 
     def __init__(self, shapes: Shapes) -> None:

@@ -21,6 +21,7 @@ from vlbench.model.weights.llava_projector import (
 class LlavaMLP(Connector):
     """`depth` Linear layers, GELU between them, and if `norm` a LayerNorm after each Linear."""
 
+    any_grid = True
     ignored_reference_keys = OTHER_PARTS_PATTERN
     # 32 values per factor of 2: this one option must reach any budget within 5 %
     size_options = {"mlp_ratio": [2.0**k * n / 32 for k in range(-5, 6) for n in range(32, 64)]}

@@ -500,6 +500,27 @@ def test_layout_of_a_vision_encoder(config, blocks, width, patch):
     assert features["image_intermediates_prefix"][0].shape == (1, 1, width)
 
 
+def test_a_naflexvit_takes_patches_of_any_grid():
+    args = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 8}
+    visual = vision_internals.build_timm_encoder("naflexvit_base_patch16_siglip", args, 32).eval()
+    assert vision_internals.takes_any_grid(visual)
+    assert vision_internals.encoder_grid(visual) == (4, 4)
+    vision_internals.set_encoder_image_size(visual, 64)
+    assert vision_internals.encoder_grid(visual) == (8, 8)
+    assert not vision_internals.has_class_token(visual)
+    inputs = vision_internals.naflex_inputs(visual, torch.rand(2, 3, 32, 32), [(2, 7), (5, 3)])
+    assert inputs["patches"].shape == (2, 16, 192)
+    assert inputs["attn_mask"].sum(-1).flatten().tolist() == [14, 15]
+    assert inputs["patch_coord"][0, 13].tolist() == [1, 6]
+    assert inputs["patch_coord"][1, 14].tolist() == [4, 2]
+    out = visual.forward_intermediates(
+        inputs, indices=[0], stop_early=True, intermediates_only=True, output_fmt="NLC"
+    )
+    assert out["image_intermediates"][0].shape == (2, 16, 32)
+    timm_vit = vision_internals.build_timm_encoder("vit_tiny_patch16_224", {}, 32)
+    assert not vision_internals.takes_any_grid(timm_vit)
+
+
 def test_a_resnet_has_no_blocks():
     config = {"image_size": 32, "layers": [1, 1, 1, 1], "width": 8}
     assert not vision_internals.has_encoder_blocks(

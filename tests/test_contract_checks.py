@@ -32,6 +32,13 @@ MISTAKES = {
     "args": ("tokens: int = 2", "*more, tokens: int = 2", ["built"], "takes *more"),
     "tokens": ("self.tokens_per_image = tokens", "", ["shapes"], "[2, 2, 32]"),
     "rank": (RETURN, "return self.fc(features.mean(1))", ["shapes"], "[2, 64] for 2 images"),
+    "any_grid": (
+        "tokens: int = 2) -> None:",
+        "tokens: int = 4) -> None:\n        self.any_grid, self.token_grid = True, shapes.grid",
+        ["any_grid"],
+        "depends on other patches than its own",
+    ),
+    "any_count": ("def __init__", "any_grid = True\n\n    def __init__", ["any_grid"], "(2, None"),
     "nan": (RETURN, f"{RETURN} / 0 * 0", ["finite"], "128 of 128 numbers"),
     "random": (RETURN, f"{RETURN} * torch.rand(1)", ["deterministic"], "two results"),
     "random_in_eval": (

@@ -81,7 +81,7 @@ def test_a_family_of_timm_is_loaded_whole_and_gives_timms_features(name, hub):
     assert encoder.image_size == size
     for side in (size, size * 3 // 2):
         encoder.set_image_size(side)
-        if side != size:
+        if side != size and hasattr(reference, "set_input_size"):
             reference.set_input_size((side, side))
         pixels = torch.randn(2, 3, side, side)
         for layer in (-2, 0):

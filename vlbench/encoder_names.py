@@ -15,6 +15,8 @@ EMBEDDED_ENCODERS = {
     "tiny": "the embedded miniature of a CLIP vision encoder",
     "tiny_eva": "the embedded miniature of an EVA-02 vision encoder",
 }
+NATIVE_ENCODER = "timm/naflexvit_so400m_patch16_siglip.v2_webli"
+"""SigLIP 2 in NaFlex, which takes pictures of any shape: an example for `vision.aspect=native`."""
 CURATED_ENCODERS = (
     "ViT-SO400M-16-SigLIP2-384",
     "ViT-B-16-SigLIP2-256",
@@ -23,6 +25,7 @@ CURATED_ENCODERS = (
     "timm/vit_large_patch14_reg4_dinov2.lvd142m",
     "timm/aimv2_large_patch14_336.apple_pt",
     "timm/vit_large_patch16_radio_v3.c_radio",
+    NATIVE_ENCODER,
     "ViT-B-32",
     "ViT-B-16",
     "ViT-L-14",
@@ -47,13 +50,14 @@ HYBRID_FAMILIES = {
     "one",
     r"swin|hiera|nextvit|vitamin|mvitv2|pvt_|davit": "a network of stages, whose grid of patches "
     "shrinks from one to the next",
-    r"naflex": "a NaFlexViT, which takes patches of any picture shape and no square of pixels",
 }
 """Patterns of names of timm and open_clip, and why such a vision encoder is no plain ViT."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """OWNER/NAME, a repository of a hub."""
 
-TIMM_NAME = re.compile(r"(?:hf[-_]hub:)?(?:timm/)?((?:vit|eva|beit|deit|aimv2)\w*_[\w.]+)")
+TIMM_NAME = re.compile(
+    r"(?:hf[-_]hub:)?(?:timm/)?((?:vit|eva|beit|deit|aimv2|naflexvit)\w*_[\w.]+)"
+)
 """A name as timm itself takes it: without an owner, or with a prefix."""
 
 

@@ -35,7 +35,7 @@ from vlbench.data.sample_encoding import (
     tokenize_pieces,
 )
 from vlbench.data.tokenizer import Tokenizer
-from vlbench.data.view_layout import TiledSample, ViewLayout, ViewSettings
+from vlbench.data.view_layout import TiledSample, ViewLayout, ViewSettings, view_fields
 from vlbench.errors import BadSample, UserError
 
 ChatMessage = dict[str, Any]
@@ -87,9 +87,8 @@ class Processor:
     """How images become views; None: each is one."""
 
     def __post_init__(self) -> None:
-        tiling = self.view_settings.tiling if self.view_settings else None
-        if self.transform.tiling != tiling:
-            transform = replace(self.transform, tiling=tiling)
+        transform = replace(self.transform, **view_fields(self.view_settings))
+        if transform != self.transform:
             object.__setattr__(self, "transform", transform)  # the class is frozen
 
     @property

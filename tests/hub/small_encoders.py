@@ -28,6 +28,7 @@ FAMILIES = {
     "timm/eva02_base_patch14_448.mim_in22k_ft_in22k_in1k": 56,
     "timm/beitv2_base_patch16_224.in1k_ft_in22k": 64,
     "timm/vit_so150m_patch16_reg4_gap_256.sbb_e250_in12k": 64,
+    "timm/naflexvit_base_patch16_siglip.v2_webli": 64,
 }
 """Repositories, and the image sizes in pixels that their weights are for here."""
 HYBRIDS = {
@@ -36,7 +37,6 @@ HYBRIDS = {
     "timm/convnext_tiny.dinov3_lvd1689m": "convolutional network",
     "timm/vit_small_r26_s32_224.augreg_in21k": "a ViT behind one",
     "timm/swin_tiny_patch4_window7_224.ms_in1k": "network of stages",
-    "timm/naflexvit_base_patch16_siglip.v2_webli": "any picture shape",
     "timm/cait_s24_224.fb_dist_in1k": "cait.py",
 }
 """Repositories of models that are no plain ViTs, and what is said of them."""

@@ -11,6 +11,8 @@ from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from torch import Tensor, nn
 
 
@@ -77,7 +79,9 @@ def has_class_token(visual: Any) -> bool:
     Registers are no class token: models of timm may have registers alone.
     """
     if has_timm_trunk(visual):
-        return getattr(visual.trunk, "cls_token", None) is not None
+        trunk = visual.trunk
+        holder = trunk.embeds if takes_any_grid(visual) else trunk
+        return getattr(holder, "cls_token", None) is not None
     return getattr(visual, "class_embedding", None) is not None
 
 
@@ -149,8 +153,53 @@ def encoder_image_size(visual: Any) -> int:
     return int(visual.image_size[0])
 
 
+def takes_any_grid(visual: Any) -> bool:
+    """Tell whether a vision encoder takes pictures of any shape: timm's `NaFlexVit`."""
+    from timm.models.naflexvit import NaFlexVit
+
+    return has_timm_trunk(visual) and isinstance(visual.trunk, NaFlexVit)
+
+
+def naflex_inputs(visual: Any, pixels: Tensor, grids: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    """Return what a `NaFlexVit` takes of sheets of patches `[images, 3, side, side]`.
+
+    `grids` are rows and columns of each image. The result has `patches` `[images, patches, numbers
+    of a patch]`, their rows and columns `patch_coord` `[images, patches, 2]`, and `attn_mask`
+    `[images, 1, 1, tokens]`, False behind an image's own patches. timm would make a
+    mask of `patch_valid` that hides all from padding, too: under autocast that can become NaN.
+    Coordinates stay on the CPU: timm asks each image for its grid, which would wait for a GPU, and
+    reads nothing else of them unless it samples.
+    """
+    import torch
+    from timm.models.naflexvit import batch_patchify
+
+    embeds = visual.trunk.embeds
+    patches, _ = batch_patchify(
+        pixels, embeds.patch_size, pad=False, channels_last=embeds.channels_last
+    )
+    prefix, count = visual.trunk.num_prefix_tokens, patches.shape[1]
+    places = torch.zeros(len(grids), count, 2, dtype=torch.long)
+    mask = torch.ones(len(grids), 1, 1, prefix + count, dtype=torch.bool)
+    for image, (rows, columns) in enumerate(grids):
+        own = torch.arange(rows * columns)
+        places[image, : len(own), 0] = own.div(columns, rounding_mode="floor")
+        places[image, : len(own), 1] = own.remainder(columns)
+        mask[image, 0, 0, prefix + len(own) :] = False
+    return {
+        "patches": patches,
+        "patch_coord": places.to(pixels.device) if embeds.pos_embed_use_grid_sample else places,
+        "attn_mask": mask.to(pixels.device, non_blocking=True),
+    }
+
+
 def encoder_grid(visual: Any) -> tuple[int, int]:
-    """Return rows and columns of patches: `trunk.patch_embed.grid_size`, or `grid_size`."""
+    """Return rows and columns of patches: `trunk.patch_embed.grid_size`, or `grid_size`.
+
+    A `NaFlexVit` has none of its own: those of a square of the image size.
+    """
+    if takes_any_grid(visual):
+        rows, columns = visual.trunk.embeds.dynamic_feat_size(visual.image_size)
+        return int(rows), int(columns)
     grid = visual.trunk.patch_embed.grid_size if has_timm_trunk(visual) else visual.grid_size
     rows, columns = grid
     return int(rows), int(columns)
@@ -167,7 +216,10 @@ def set_encoder_image_size(visual: Any, image_size: int) -> None:
     from torch import nn
 
     if has_timm_trunk(visual):
-        visual.set_input_size(image_size)
+        if takes_any_grid(visual):  # it resizes its position embeddings for each picture
+            visual.image_size = (image_size, image_size)
+        else:
+            visual.set_input_size(image_size)
         return
     patch = encoder_image_size(visual) // encoder_grid(visual)[0]
     visual.image_size = (image_size, image_size)

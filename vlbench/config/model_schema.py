@@ -13,6 +13,7 @@ from vlbench.command_line.arguments import TemplateName
 from vlbench.config.key_types import MAX_COUNT, Count, ImageSize, PathText, RecipeSection, key
 from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
 
+ImageAspect = Literal["square", "native"]
 TilingRule = Literal["llava_next", "internvl"]
 ViewTags = Literal["none", "newline", "numbered"]
 MAX_TILES = 64  # of an image; 6 to 12 are usual
@@ -132,6 +133,9 @@ class VisionEncoderConfig(NamedEncoderConfig):
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
+    aspect: ImageAspect = key(
+        "square; native: images keep their shape, for a NaFlexViT of timm", "square"
+    )
     tiling: TilingConfig | None = key("several views of an image; null: one square", None)
     max_visual_tokens: Count | None = key(
         "image positions of a sample, to which tiles are reduced; null: any number", None
@@ -140,6 +144,13 @@ class VisionEncoderConfig(NamedEncoderConfig):
     def find_conflicts(self) -> Iterator[str]:
         """Yield what is wrong with its weights, and with tiles."""
         yield from super().find_conflicts()
+        if self.aspect == "native" and self.tiling is not None:
+            yield "has aspect=native and tiling: a tile is a square; leave one of the two out"
+        if self.aspect == "native" and self.second is not None:
+            yield (
+                f"has aspect=native and second.name={self.second.name}: patches of two encoders "
+                "lie on each other in squares alone; leave one of the two out"
+            )
         if self.max_visual_tokens is not None and self.tiling is None:
             yield (
                 f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
@@ -150,6 +161,11 @@ class VisionEncoderConfig(NamedEncoderConfig):
                 f"has tiling and second.name={self.second.name}: the views of an image are those "
                 "of one encoder; leave one of the two out"
             )
+
+    @property
+    def has_views(self) -> bool:
+        """Whether what an image takes of the text depends on its width and height."""
+        return self.tiling is not None or self.aspect == "native"
 
 
 class LanguageModelConfig(PretrainedPartConfig):

@@ -125,6 +125,11 @@ class Connector(nn.Module):
     latent_grid: tuple[int, int] | None = None
     """Rows and columns in which what only `inject` uses lies over the image, row by row, where each
     of it belongs to a place (keys and values of every patch); None: it has no places in it."""
+    any_grid: bool = False
+    """True: it makes each visual token of one patch alone, in the order of the patches, so that
+    images may have rows and columns of their own (`vision.aspect=native`). What `forward` is given
+    are then patches of some image, filled up to `shapes.patches` with numbers that are not used;
+    `tokens_per_image` and `token_grid` are `shapes.patches` and `shapes.grid`."""
     replaces_image_tokens: bool = True
     """What replaces the embeddings at image positions: the visual tokens, or (False) the learned
     `image_embedding`."""

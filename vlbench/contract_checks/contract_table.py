@@ -78,6 +78,13 @@ CONTRACT = (
         question_checks.check_question,
     ),
     ContractCheck(
+        "any_grid",
+        "with any_grid, a visual token is made of the patch at its place alone",
+        "leave any_grid out: images in their own aspect ratios have other rows and columns than "
+        "`shapes`, and fewer patches",
+        output_checks.check_any_grid,
+    ),
+    ContractCheck(
         "size_options",
         "size_options names options, each with values that it may have",
         "write size_options = {'option': range(...)} with values of the option's type",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from operator import itemgetter
 
 import torch
+from torch import Tensor
 
 from vlbench.connector import registry
 from vlbench.connector.levels import Levels, as_levels, first_level, map_levels
@@ -36,6 +37,36 @@ def check_shapes(vlm: LoadedVLM) -> None:
     shape = None if embedding is None else list(embedding.shape)
     require(shape == [width], f"image_embedding is {shape}, lm_width is {width}")
     require(bool(connector.inject_layers), "it neither replaces image tokens nor injects")
+
+
+def check_any_grid(vlm: LoadedVLM) -> None:
+    """With `any_grid` each visual token is made of the patch at its place alone."""
+    connector, shapes = vlm.connector, vlm.model.shapes
+    if not connector.any_grid:
+        return
+    found = connector.tokens_per_image, connector.token_grid, connector.class_token
+    require(
+        found == (shapes.patches, shapes.grid, False),
+        f"any_grid is True, and tokens_per_image, token_grid and class_token are {found}; they are "
+        f"{(shapes.patches, shapes.grid, False)} where each token is a patch",
+    )
+    batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
+    with torch.no_grad():
+        features = vlm.features(batch)
+        visual, flipped, changed = (
+            connector(*vlm.model.connector_inputs(batch, map_levels(change, features)))
+            for change in (Tensor.clone, lambda level: level.flip(1), _change_last_patch)
+        )
+    backwards = map_levels(lambda level: level.flip(1), flipped)
+    before, after = (map_levels(lambda level: level[:, :-1], one) for one in (visual, changed))
+    for one, other in ((visual, backwards), (before, after)):
+        pairs = zip(as_levels(one), as_levels(other), strict=True)
+        alike = all(torch.allclose(*pair, rtol=1e-9, atol=1e-9) for pair in pairs)
+        require(alike, "any_grid is True, and a visual token depends on other patches than its own")
+
+
+def _change_last_patch(level: Tensor) -> Tensor:
+    return torch.cat([level[:, :-1], level[:, -1:] + 1], dim=1)
 
 
 def check_finite(vlm: LoadedVLM) -> None:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from vlbench.data.image_tiling import TiledImage, count_views
+from vlbench.data.native_aspect import NativeImage
 from vlbench.data.sample import LazyImage
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX, Questions
 
@@ -53,7 +54,8 @@ def join_views(
 ) -> dict[str, Any]:
     """Return `visual_index` and `view_bounds` of a batch; {} where images are not tiled.
 
-    `samples` have the images and the `visual_index` of each sample.
+    Of images in their own aspect ratios there are `patch_grids` as well. `samples` have the images
+    and the `visual_index` of each sample.
     """
     if any(visual_index is None for _, visual_index in samples):
         return {}
@@ -63,7 +65,9 @@ def join_views(
         index.append(torch.where(numbers < 0, numbers, numbers + bounds[-1] * tokens_per_view))
         for image in images:
             bounds.append(bounds[-1] + count_views(image))
-    return {"visual_index": torch.cat(index), "view_bounds": torch.tensor(bounds)}
+    views = {"visual_index": torch.cat(index), "view_bounds": torch.tensor(bounds)}
+    native = [one for images, _ in samples for one in images if isinstance(one, NativeImage)]
+    return {**views, "patch_grids": [image.grid for image in native]} if native else views
 
 
 def stack_questions(questions: Sequence[Questions | None]) -> Tensor | None:

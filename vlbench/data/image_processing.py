@@ -25,6 +25,7 @@ from vlbench.data.image_decoding import MAX_PIXELS, check_beginning, decode_rgb,
 from vlbench.data.image_folder import is_inside, outside_message
 from vlbench.data.image_size import file_image_size, read_image_size
 from vlbench.data.image_tiling import ImageTiling, TiledImage
+from vlbench.data.native_aspect import NativeImage, lay_patches
 from vlbench.data.sample import LazyImage
 from vlbench.data.square_images import crop_strip, pad_square, turn_upright
 from vlbench.data.view_pixels import cut_views
@@ -132,6 +133,8 @@ class ImageTransform:
             sizes the smaller is in the top left corner, with zeros beside it.
         tiling: By which rule an image becomes several views, squares of `crop` pixels; None: it is
             one. A `TiledImage` is what has its grid; `size`, `pad` and `squash` are then unused.
+        native: Whether images keep their aspect ratios: their pixels are sheets of patches
+            (`native_aspect`). A `NativeImage` is what has its grid.
     """
 
     size: int
@@ -145,6 +148,7 @@ class ImageTransform:
     interpolation: str = "bicubic"
     second: ImageTransform | None = None
     tiling: ImageTiling | None = None
+    native: bool = False
 
     def __post_init__(self) -> None:
         if not 0 < self.crop <= self.size:
@@ -172,11 +176,16 @@ class ImageTransform:
         side = max(self.size, self.second.size if self.second else 0)
         can_draft = self.draft and self.pad
         if isinstance(image, TiledImage):
-            can_draft, side = self.draft, image.draft_side(self._require_tiling(), self.crop)
+            can_draft, side = self.draft, self._draft_side(image)
             image = image.image
         open_draft = getattr(image, "open_draft", None) if can_draft else None
         opened: Image.Image = open_draft(side) if open_draft else image.open()
         return turn_upright(opened, image.name) if self.exif else opened
+
+    def _draft_side(self, tiled: TiledImage) -> int:
+        if isinstance(tiled, NativeImage):
+            return tiled.longest_edge()
+        return tiled.draft_side(self._require_tiling(), self.crop)
 
     def __call__(self, image: Image.Image) -> Tensor:
         """Return float32 pixels `[channels, crop, crop]`; those of a ZeroImage are all 0."""
@@ -265,6 +274,8 @@ class ImageTransform:
         """Return the uint8 views `[views, crop, crop, 3]` of an opened image."""
         image = image if image.mode == "RGB" else image.convert("RGB")
         resample = Image.Resampling[self.interpolation.upper()]
+        if isinstance(tiled, NativeImage):
+            return lay_patches(image, tiled, self.crop, resample)
         return cut_views(image, tiled, self._require_tiling(), self.crop, resample)
 
     def _require_tiling(self) -> ImageTiling:
@@ -297,13 +308,15 @@ class ImageTransform:
             square = f"resized to {self.size} and {square}"
         if self.tiling is not None:
             square = f"{self.tiling.describe()}, each"
+        if self.native:
+            square = "kept in its aspect ratio, on at most the patches of"
         text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
         return text if self.second is None else f"{text}; and {self.second.describe()}"
 
     def transform_hash(self) -> str:
         """Return a hash of 16 characters over everything that determines the result."""
         settings = {**asdict(self), "rules": _TRANSFORM_RULES}
-        for name in ("draft", "exif", "squash", "interpolation", "second", "tiling"):
+        for name in ("draft", "exif", "squash", "interpolation", "second", "tiling", "native"):
             if settings[name] == type(self).__dataclass_fields__[name].default:
                 del settings[name]  # keeps the hash of runs that are older than the option
         if self.tiling is not None and not self.tiling.grids:

@@ -102,6 +102,10 @@ class PackedBatch:
     view_bounds: Tensor | None = None
     """`[images + 1]` int64: the views of image i are `view_bounds[i]` to `view_bounds[i + 1] - 1`.
     None: each image has one."""
+    patch_grids: list[tuple[int, int]] | None = None
+    """Rows and columns of the patches of each image, where images keep their aspect ratios and
+    `pixels` are their sheets (`vlbench.data.native_aspect`); Python numbers, as `sample_lengths`.
+    None: views are squares of pixels, or there is no image."""
     reduced_samples: int = 0
     """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
 
@@ -165,10 +169,11 @@ class PackedBatch:
 
     def from_image(self, first: int, end: int | None = None) -> PackedBatch:
         """Return the batch with the pixels and questions of its views `first` to `end` alone."""
-        ids = self.question_ids
+        ids, grids = self.question_ids, self.patch_grids
         return replace(
             self,
             pixels=self.pixels[first:end],
+            patch_grids=None if grids is None else grids[first:end],
             question_ids=None if ids is None else ids[first:end],
         )
 

@@ -38,6 +38,8 @@ class ReferenceImage:
 def largest_image(layout: ViewLayout) -> tuple[int, int]:
     """Return the most views that an image can have, and the most image positions."""
     tiling = layout.settings.tiling
+    if tiling is None:
+        return 1, 2 * layout.tokens_per_view  # one column: a newline follows each patch
     images = [
         TiledImage(
             ReferenceImage(),

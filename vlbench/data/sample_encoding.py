@@ -231,6 +231,8 @@ class SampleEncoder:
             count += 1
         if rest:
             remedy = "lower vision.max_visual_tokens" if tiled else "shorten the text"
+            if self.view_layout is not None and self.view_layout.settings.tiling is None:
+                remedy = "lower image_size"
             raise BadSample(
                 sample.id,
                 f"max_length={self.max_length} cuts through image {count + 1}, which takes "

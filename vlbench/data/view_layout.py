@@ -8,6 +8,7 @@ its image positions, with NEWLINE_INDEX where a learned separator stands.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 from vlbench.config.model_schema import ViewTags
 from vlbench.data.image_size import read_image_size
 from vlbench.data.image_tiling import SINGLE_VIEW, Grid, ImageTiling, TiledImage
+from vlbench.data.native_aspect import NativeImage, keep_aspect
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.errors import BadSample, UserError
 
@@ -27,7 +29,9 @@ TILE_TAG = "<tile_{}>"  # its number, from 1
 class ViewSettings:
     """What a recipe says of views."""
 
-    tiling: ImageTiling
+    tiling: ImageTiling | None
+    """The rule by which images become tiles; None: an image is one view, in its own aspect ratio,
+    and a newline follows each row of its patches."""
     tags: ViewTags = "newline"
     """What tells the views apart: nothing, a newline behind each row of tokens, or texts."""
     max_views: int | None = None
@@ -38,12 +42,19 @@ class ViewSettings:
     @property
     def most_views(self) -> int:
         """Most views of an image."""
-        return len(self.tiling.list_views((1, self.tiling.tiles)))
+        return len(self.tiling.list_views((1, self.tiling.tiles))) if self.tiling else 1
 
     @property
     def has_newline(self) -> bool:
         """Whether the model has a learned newline."""
         return self.tags == "newline"
+
+
+def view_fields(settings: ViewSettings | None) -> dict[str, Any]:
+    """Return what an `ImageTransform` has of `settings`."""
+    if settings is None:
+        return {"tiling": None, "native": False}
+    return {"tiling": settings.tiling, "native": settings.tiling is None}
 
 
 @dataclass(frozen=True)
@@ -55,7 +66,8 @@ class ViewLayout:
     """Of a view, pixels."""
     tokens_per_view: int
     token_grid: tuple[int, int] | None = None
-    """Rows and columns of a view's tokens; None where they have no places: one row, all kept."""
+    """Rows and columns of a view's tokens; None where they have no places: one row, all kept. Of
+    images in their own aspect ratios: those of the sheet, one token for each patch."""
     exif: bool = False
     """Whether an image is turned as its EXIF orientation says."""
 
@@ -87,8 +99,11 @@ class ViewLayout:
         """
         tiling, images = self.settings.tiling, sample.images
         sizes = [read_image_size(image, self.exif) for image in images]
+        if tiling is None:
+            kept = (self._keep_aspect(*pair) for pair in zip(images, sizes, strict=True))
+            return self._number_tokens(sample, tuple(kept), False)
         tiled = [
-            self._tile(image, size, tiling.choose_grid(*size, self.side))
+            self._tile(image, size, tiling, tiling.choose_grid(*size, self.side))
             for image, size in zip(images, sizes, strict=True)
         ]
         limit, is_reduced = self.settings.max_visual_tokens, False
@@ -104,12 +119,19 @@ class ViewLayout:
                 )
             size = tiled[largest].size
             grid = tiling.choose_grid(*size, self.side, most_tiles=counts[largest] - 1)
-            tiled[largest], is_reduced = self._tile(images[largest], size, grid), True
+            tiled[largest] = self._tile(images[largest], size, tiling, grid)
+            is_reduced = True
         self._check_views(tiled, sample.id)
         return self._number_tokens(sample, tuple(tiled), is_reduced)
 
-    def _tile(self, image: LazyImage, size: tuple[int, int], grid: Grid) -> TiledImage:
-        return TiledImage(image, size, grid, self.settings.tiling.list_views(grid))
+    def _tile(
+        self, image: LazyImage, size: tuple[int, int], tiling: ImageTiling, grid: Grid
+    ) -> TiledImage:
+        return TiledImage(image, size, grid, tiling.list_views(grid))
+
+    def _keep_aspect(self, image: LazyImage, size: tuple[int, int]) -> NativeImage:
+        assert self.token_grid is not None, "a connector with tokens of no places"
+        return keep_aspect(image, size, self.side // self.token_grid[0], self.tokens_per_view)
 
     def _check_views(self, images: Sequence[TiledImage], sample_id: str) -> None:
         """Raise BadSample for more than `max_views` views."""
@@ -140,11 +162,14 @@ class ViewLayout:
 
     def order_tokens(self, image: TiledImage) -> tuple[int, ...]:
         """Return the number of the visual token at each image position, counted in this image."""
+        if isinstance(image, NativeImage):
+            return _order_patches(image.grid)
         if not self.settings.has_newline:
             return tuple(range(len(image.views) * self.tokens_per_view))
         rows, columns = self.token_grid or (1, self.tokens_per_view)
         cut_rows, cut_columns = 0, 0
-        if self.token_grid and self.settings.tiling.keeps_aspect:
+        tiling = self.settings.tiling
+        if self.token_grid and tiling is not None and tiling.keeps_aspect:
             cut_rows, cut_columns = _padded_tokens(image, self.token_grid)
         return _order_by_row(image.views, image.grid, (rows, columns), cut_rows, cut_columns)
 
@@ -199,6 +224,14 @@ def _padded_tokens(image: TiledImage, token_grid: tuple[int, int]) -> tuple[int,
         return (all_rows - rows) // 2, 0
     columns = max(least, int(round(width * (all_rows / height), 7)))
     return 0, (all_columns - columns) // 2
+
+
+@functools.lru_cache(maxsize=256)
+def _order_patches(grid: Grid) -> tuple[int, ...]:
+    """Return the numbers of the patches of an image row by row, a newline behind each row."""
+    rows, columns = grid
+    lines = ((*range(row * columns, (row + 1) * columns), NEWLINE_INDEX) for row in range(rows))
+    return tuple(itertools.chain.from_iterable(lines))
 
 
 @functools.lru_cache(maxsize=256)  # of at most 300 kB

@@ -68,11 +68,16 @@ def token_grids(vlm: LoadedVLM) -> dict[str, TokenGrid | None]:
 
 
 def have_equal_views(vlm: LoadedVLM, samples: Sequence[Sample]) -> bool:
-    """Tell whether all pictures of samples have as many views and image positions."""
+    """Tell whether all pictures of samples have as many views and image positions.
+
+    In their own aspect ratios they need the same rows and columns of patches.
+    """
     layout = vlm.processor.view_layout
     if layout is None:
         return True
     images = [image for sample in samples for image in layout.tile_sample(sample).images]
+    if layout.settings.tiling is None:
+        return len({image.grid for image in images}) <= 1
     return len({(len(image.views), layout.count_positions(image)) for image in images}) <= 1
 
 
@@ -105,8 +110,11 @@ def _batch_features(model: VLM, batch: PackedBatch) -> PlaceFeatures:
     visual = model.connector(*model.connector_inputs(batch, map_levels(Tensor.clone, features)))
     middle, last = _hidden_states(model, batch, visual)
     picture_count = len(batch.list_view_bounds()) - 1
+    own: slice = slice(None)
+    if batch.patch_grids:  # of all pictures alike; what is behind their patches is padding
+        own = slice(batch.patch_grids[0][0] * batch.patch_grids[0][1])
     encoder, connector = (
-        concat_channels(levels).unflatten(0, (picture_count, -1)).flatten(1, 2)
+        concat_channels(levels)[:, own].unflatten(0, (picture_count, -1)).flatten(1, 2)
         for levels in (features, visual)
     )
     if not model.connector.replaces_image_tokens:

@@ -6,12 +6,15 @@ that show the same place: so the sum of a map over an image is that of the maps 
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.image_size import read_image_size
 from vlbench.data.image_tiling import SINGLE_VIEW, ImageTiling, TiledImage
+from vlbench.data.native_aspect import NativeImage
 from vlbench.data.sample import LazyImage
 
 Box = tuple[float, float, float, float]
@@ -22,11 +25,14 @@ WHOLE_IMAGE: Box = (0.0, 0.0, 1.0, 1.0)
 def map_image(
     transform: ImageTransform, image: LazyImage, views: Tensor, grid: tuple[int, int]
 ) -> Tensor:
-    """Return the map `[rows, columns]` over an image, which is a `TiledImage` if it is tiled.
+    """Return the map `[rows, columns]` over an image, which is as the sample's layout has it.
 
     `views` are a value for each patch of its views, `[views, patches]`, whose rows and columns are
     `grid`.
     """
+    if isinstance(image, NativeImage):  # what is behind its own patches is no part of it
+        own: Tensor = views[0, : math.prod(image.grid)].unflatten(0, image.grid)
+        return own
     maps: Tensor = views.unflatten(1, grid)
     if transform.tiling is None or not isinstance(image, TiledImage):
         return maps[0]
@@ -35,6 +41,8 @@ def map_image(
 
 def find_map_box(transform: ImageTransform, image: LazyImage) -> Box:
     """Return where the map over an image lies; what is padded is outside of 0..1."""
+    if isinstance(image, NativeImage):
+        return WHOLE_IMAGE
     if transform.tiling is None or not isinstance(image, TiledImage):
         return transform.seen_box(*read_image_size(image, transform.exif))
     return find_box(image, transform.tiling, transform.crop)

@@ -30,11 +30,12 @@ StageModels = Mapping[str, LoadedVLM]
 def shape_lines(config: ModelConfig, models: StageModels) -> list[str]:
     """Return a table of the stages: image, patches, and what an image takes of the text.
 
-    With tiles it is the image that takes most; with `vision.max_visual_tokens` no more than that.
+    With tiles, or native aspect ratios, it is the image that takes most; with
+    `vision.max_visual_tokens` no more than that.
     """
     limit = config.vision.max_visual_tokens
     taken = ["tokens per image"]
-    if config.vision.tiling is not None:
+    if config.vision.has_views:
         taken = ["most views", "most tokens per image"]
     rows: list[tuple[str, ...]] = [
         ("stage", "image", "patches", "features", *taken, "left for text")

@@ -121,6 +121,8 @@ def view_keys(settings: ViewSettings | None) -> dict[str, Any]:
     if settings is None:
         return {}
     tiling = settings.tiling
+    if tiling is None:
+        return {"aspect": "native"}
     grids = [f"{rows}x{columns}" for rows, columns in tiling.grids]
     return {
         "tiling": {
@@ -138,6 +140,8 @@ def view_keys(settings: ViewSettings | None) -> dict[str, Any]:
 def read_view_settings(vision: VisionEncoderConfig) -> ViewSettings | None:
     """Return what a recipe says of views; None where an image has one."""
     tiling = vision.tiling
+    if vision.aspect == "native":
+        return ViewSettings(None)
     if tiling is None:
         return None
     return ViewSettings(

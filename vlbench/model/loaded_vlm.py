@@ -31,6 +31,7 @@ from vlbench.model.generation.sampling_options import (
     refuse_unknown_options,
 )
 from vlbench.model.shown_answer import ShownAnswer
+from vlbench.model.view_tokens import check_native_aspect
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM, VLMOutput
 from vlbench.model.weights.weight_origin import WeightOrigin
@@ -266,6 +267,7 @@ def assemble_vlm(
     except Exception as error:
         registry.blame_connector_file(error)
         raise
+    check_native_aspect(vision, model.connector, view_settings)
     tokenizer.limit_embeddings(language.config.vocab_size)
     processor = Processor(
         tokenizer=tokenizer,

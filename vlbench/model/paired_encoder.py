@@ -150,11 +150,15 @@ class PairedEncoder(VisionEncoder):
         with named_as_second():
             self.second.read_blocks(places, class_token)
 
-    def forward(self, pixels: Tensor) -> Levels:
+    def forward(
+        self, pixels: Tensor, patch_grids: Sequence[tuple[int, int]] | None = None
+    ) -> Levels:
         """Turn pixels `[images, 6, side, side]` into features `[images, patches, both widths]`.
 
-        Only the encoders that are trained keep what a backward pass needs.
+        Only the encoders that are trained keep what a backward pass needs. There are no
+        `patch_grids`: a recipe has two encoders for squares alone.
         """
+        assert patch_grids is None
         sides = (self.image_size, self.second.image_size)
         halves = [pixels[:, 3 * i : 3 * i + 3, :side, :side] for i, side in enumerate(sides)]
         wanted = torch.is_grad_enabled()

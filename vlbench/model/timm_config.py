@@ -29,7 +29,7 @@ TIMM_CONFIG = "config.json"
 """timm's own name of the file that describes a model."""
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of timm's weights in a folder and on a hub, in the order of preference."""
-PLAIN_VIT_MODULES = ("vision_transformer", "eva", "beit", "deit")
+PLAIN_VIT_MODULES = ("vision_transformer", "eva", "beit", "deit", "naflexvit")
 """Files of timm whose models are equal blocks over one grid of patches."""
 CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's `crop_mode`, which makes an image a square, and our word for it."""
@@ -55,7 +55,10 @@ class TimmConfig:
 
     def build_module(self) -> nn.Module:
         """Return open_clip's holder of timm's model with random weights, on the default device."""
-        return build_timm_encoder(self.architecture, self.model_args, self.image_size)
+        # a connector needs the features of all patches, in training too
+        whole = {"patch_drop_rate": 0.0} if "patch_drop_rate" in self.model_args else {}
+        model_args = {**self.model_args, **whole}
+        return build_timm_encoder(self.architecture, model_args, self.image_size)
 
     def preprocess(self) -> dict[str, Any]:
         """Return what is done to an image, as `VisionEncoder` takes it."""

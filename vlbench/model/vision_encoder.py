@@ -18,7 +18,9 @@ from vlbench.compat.vision_internals import (
     has_encoder_blocks,
     has_final_norm,
     keep_encoder_blocks,
+    naflex_inputs,
     set_encoder_image_size,
+    takes_any_grid,
 )
 from vlbench.connector.levels import Levels
 from vlbench.data.image_processing import ImageTransform
@@ -160,6 +162,11 @@ class VisionEncoder(nn.Module):
         return has_class_token(self.visual)
 
     @property
+    def takes_any_grid(self) -> bool:
+        """Whether it takes `patch_grids`: pictures of any shape."""
+        return takes_any_grid(self.visual)
+
+    @property
     def feature_width(self) -> int:
         """Width of one feature."""
         return encoder_width(self.visual)
@@ -194,15 +201,22 @@ class VisionEncoder(nn.Module):
         """Dtype of the weights, and so of the pixels."""
         return next(self.parameters()).dtype
 
-    def forward(self, pixels: Tensor) -> Levels:
+    def forward(
+        self, pixels: Tensor, patch_grids: Sequence[tuple[int, int]] | None = None
+    ) -> Levels:
         """Turn pixels `[images, 3, height, width]` into features `[images, patches, width]`.
 
         With `class_token` the encoder's class token comes first: `[images, 1 + patches, width]`.
+        With `patch_grids`, rows and columns of each image, pixels are sheets of patches
+        (`vlbench.data.native_aspect`); features behind those of an image's own mean nothing.
         With `read_blocks` they are a tuple, an entry for each of the blocks.
         """
         blocks = sorted(set(self.output_blocks))
+        inputs: Any = pixels
+        if patch_grids is not None:
+            inputs = naflex_inputs(self.visual, pixels, patch_grids)
         out = self.visual.forward_intermediates(
-            pixels,
+            inputs,
             indices=blocks,
             stop_early=True,
             normalize_intermediates=self.norm,

@@ -190,8 +190,9 @@ class VLM(nn.Module):
         pixels = batch.normalized_pixels()
         if not len(pixels):
             pixels = pixels.new_zeros(1, *self.vision.pixel_shape)
+        grids = (batch.patch_grids,) if batch.patch_grids else ()
         with torch.set_grad_enabled(torch.is_grad_enabled() and self.is_vision_trained()):
-            features: Levels = self.vision(pixels.to(self.vision.dtype))
+            features: Levels = self.vision(pixels.to(self.vision.dtype), *grids)
             return features
 
     def connector_inputs(self, batch: PackedBatch, features: Levels) -> tuple[Any, ...]:

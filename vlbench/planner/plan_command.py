@@ -64,7 +64,7 @@ def _setup_lines(plan: TrainingPlan) -> list[str]:
     ]
     if plan.has_assumed_lengths:
         texts = ", ".join(f"{form} {tokens}" for form, tokens in ASSUMED_TEXT_TOKENS.items())
-        image = "one image" if recipe.vision.tiling is None else REFERENCE_NAME
+        image = REFERENCE_NAME if recipe.vision.has_views else "one image"
         lines.append(
             f"assumed: {image} per sample, and text tokens beside it ({texts}; "
             f"{ASSUMED_SUPERVISED_SHARE['chat']:.0%} of a chat supervised), unless text_tokens= "
@@ -110,7 +110,7 @@ def _workload_lines(plan: TrainingPlan) -> list[str]:
         lines.append(
             f"checkpointing {mode} repeats {with_recompute / without - 1:.0%} of the FLOPs"
         )
-    if options.recipe.vision.tiling is not None:
+    if options.recipe.vision.has_views:
         lines += [_describe_views(work) for work in plan.workloads.values()]
     price = options.gpu.price_per_hour
     if price is not None:

@@ -133,10 +133,11 @@ def assumed_sample(
         tiled = tile_reference(processor.view_layout)
         views, positions = len(tiled.images[0].views), len(tiled.visual_index)
         if positions >= processor.max_length:
+            fewer = "vision.tiling.tiles or vision.max_visual_tokens"
             raise UserError(
                 f"{REFERENCE_NAME} takes {positions} tokens of the text in {views} views, and "
                 f"language.max_length={processor.max_length} leaves no room for them: lower "
-                "vision.tiling.tiles or vision.max_visual_tokens, or give data to plan for"
+                f"{'image_size' if processor.transform.native else fewer}, or give data to plan for"
             )
     return SampleShape(
         min(positions + tokens, processor.max_length),

@@ -82,7 +82,12 @@ def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -
 
 
 def _refuse_tiles(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
-    """Refuse to write a model of images in tiles in a layout whose images have one view."""
+    """Refuse to write a model of images in tiles, or of any shape, where a layout has neither."""
+    if vlm.processor.transform.native:
+        raise UserError(
+            f"{source} takes images in their own aspect ratios (vision.aspect=native), which "
+            f"format={layout} cannot hold: say format=vlbench"
+        )
     if vlm.processor.view_settings is not None and layout != "hf_llava_next":
         raise UserError(
             f"{source} cuts images into tiles (vision.tiling), which format={layout} cannot hold: "

@@ -174,7 +174,10 @@ def _describe_model(model: ServedModel) -> str:
     facts = model.describe()
     tokens, views = facts["visual_tokens_per_image"], facts["most_views_per_image"]
     what = "image" if views == 1 else f"view (an image has up to {views})"
+    settings = model.vlm.processor.view_settings
+    most = "up to " if settings is not None and settings.tiling is None else ""
     return (
-        f"{model.name}: {facts['connector']}, {tokens} visual token{'' if tokens == 1 else 's'} "
-        f"per {what} of {facts['image_size']} pixels, on {model.vlm.device}"
+        f"{model.name}: {facts['connector']}, {most}{tokens} visual "
+        f"token{'' if tokens == 1 else 's'} per {what} of {facts['image_size']} pixels, on "
+        f"{model.vlm.device}"
     )

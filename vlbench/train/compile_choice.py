@@ -84,9 +84,9 @@ def estimate_flops(config: ModelConfig, stage_runs: Sequence[StageRun]) -> float
 def _assumed_views(config: ModelConfig, side: int) -> int:
     """Return how many views of `side` pixels an image has."""
     settings = read_view_settings(config.vision)
-    if settings is None:
+    tiling = settings.tiling if settings else None
+    if tiling is None:
         return 1
-    tiling = settings.tiling
     return len(tiling.list_views(tiling.choose_grid(*REFERENCE_SIZE, side)))
 
 

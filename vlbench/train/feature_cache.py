@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,6 +27,8 @@ from vlbench.connector.levels import stack_levels
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, view_keys
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.image_tiling import Grid
+from vlbench.data.native_aspect import NativeImage
 from vlbench.data.packing import normalize_levels
 from vlbench.data.sample import LazyImage
 from vlbench.distributed.launcher import isolate_data_worker
@@ -39,8 +41,9 @@ from vlbench.train import run_report
 READER_THREADS = 16  # image files that are read at once, to hash their content
 VIEWS_PER_CHUNK = 32  # views of images in a forward pass of the encoder
 SHARD_BYTES = 2**28  # of features in a shard, the most that an interruption loses
-_KeyedPixels = list[tuple[bytes, Tensor]]
-"""The views of an image: their keys, and their uint8 pixels `[3, height, width]`."""
+_KeyedPixels = list[tuple[bytes, Tensor, Grid | None]]
+"""The views of an image: their keys, their uint8 pixels `[3, height, width]`, and rows and columns
+of patches where the image keeps its aspect ratio."""
 
 
 def cache_features(
@@ -197,7 +200,9 @@ class _PixelDataset(Dataset[_KeyedPixels]):
             pixels = self.transform.load_levels(image)
         except UserError:
             return []
-        return list(zip(keys, pixels if pixels.dim() == 4 else pixels[None], strict=True))
+        grid = image.grid if isinstance(image, NativeImage) else None
+        views = pixels if pixels.dim() == 4 else pixels[None]
+        return [(key, view, grid) for key, view in zip(keys, views, strict=True)]
 
 
 def _compute_features(
@@ -219,8 +224,10 @@ def _compute_features(
     views = itertools.chain.from_iterable(loader)
     counted = iter(tqdm(views, desc="features", total=view_count, unit="view", disable=None))
     while chunk := list(itertools.islice(counted, VIEWS_PER_CHUNK)):
-        keys += [key for key, _ in chunk]
-        features.append(_encode_levels(vlm, torch.stack([one for _, one in chunk]), level_values))
+        keys += [key for key, _, _ in chunk]
+        levels = torch.stack([view for _, view, _ in chunk])
+        grids = [grid for _, _, grid in chunk if grid is not None]
+        features.append(_encode_levels(vlm, levels, level_values, grids))
         if len(keys) * view_bytes >= SHARD_BYTES:
             locations |= shards.write_shard(keys, torch.cat(features))
             keys, features = [], []
@@ -229,11 +236,13 @@ def _compute_features(
     return locations | (shards.write_shard(keys, torch.cat(features)) if keys else {})
 
 
-def _encode_levels(vlm: LoadedVLM, levels: Tensor, level_values: Tensor) -> Tensor:
+def _encode_levels(
+    vlm: LoadedVLM, levels: Tensor, level_values: Tensor, grids: Sequence[Grid] = ()
+) -> Tensor:
     """Return the encoder's features of uint8 pixels, on the CPU, levels of an image stacked."""
     weight = next(vlm.vision.parameters())
     pixels = normalize_levels(levels.to(weight.device), level_values.to(weight.device))
-    return stack_levels(vlm.vision(pixels.to(weight.dtype))).cpu()
+    return stack_levels(vlm.vision(pixels.to(weight.dtype), *([grids] if grids else []))).cpu()
 
 
 def _check_disk_space(needed_bytes: int, what: str, folder: Path) -> None:

@@ -121,6 +121,8 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
         if init_recipe.vision.tiling is not None:
             vision["tiling"] = recipes.to_plain(init_recipe.vision.tiling)
             vision["max_visual_tokens"] = init_recipe.vision.max_visual_tokens
+        if init_recipe.vision.aspect != "square":
+            vision["aspect"] = init_recipe.vision.aspect
         return {"vision": vision, "language": {"template": init_recipe.language.template}}
     folder = fetch_hub_folder(
         str(source),

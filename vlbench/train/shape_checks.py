@@ -17,6 +17,7 @@ from vlbench.connector import registry
 from vlbench.connector.base import Connector, Shapes
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
 from vlbench.data.image_processing import ImageTransform
+from vlbench.data.view_layout import view_fields
 from vlbench.errors import UserError
 from vlbench.model import language_model
 from vlbench.model.build_vlm import (
@@ -28,7 +29,7 @@ from vlbench.model.build_vlm import (
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.paired_encoder import build_encoders, check_encoder_weights
-from vlbench.model.view_tokens import connector_layout
+from vlbench.model.view_tokens import check_native_aspect, connector_layout
 from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.vlm import connector_shapes
 from vlbench.model.weights.connector_reference import ReferenceWeights, load_reference_weights
@@ -100,8 +101,7 @@ def image_transforms_by_stage(
     transforms = []
     for stage_run in stage_runs:
         encoder.set_image_size(stage_run.stage.image_size)
-        tiling = settings.tiling if settings else None
-        transforms.append(replace(encoder.transform, tiling=tiling))
+        transforms.append(replace(encoder.transform, **view_fields(settings)))
     return transforms
 
 
@@ -140,6 +140,7 @@ def connectors_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list
                         )
                 connector = connectors[shapes]
                 _check_image_fits(connector.tokens_per_image, config.language.max_length)
+            check_native_aspect(encoder, connector, read_view_settings(config.vision))
             _check_view_fits(connector, config, stage_run.stage.image_size)
             encoder.read_blocks(connector.vision_layers, connector.class_token)
             by_stage.append(connector)

@@ -52,7 +52,7 @@ def match_budgets(grid: ComparisonGrid) -> ComparisonGrid:
     """Return the grid with equal budgets if `match=` asks for it, and print what changed."""
     if grid.budget_to_match is None:
         return grid
-    is_tiled = any(load_recipe(row, 0).vision.tiling is not None for row in grid.rows)
+    is_tiled = any(load_recipe(row, 0).vision.has_views for row in grid.rows)
     image = f", for {REFERENCE_NAME}" if is_tiled and grid.budget_to_match != "params" else ""
     print(
         f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors{image}",

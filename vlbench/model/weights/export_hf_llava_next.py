@@ -19,6 +19,7 @@ import torch
 from transformers import LlavaNextConfig, LlavaNextForConditionalGeneration, LlavaNextProcessor
 
 from vlbench.compat.transformers_internals import pil_llava_next_image_processor
+from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -40,11 +41,11 @@ def write_hf_llava_next(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None)
     Raises:
         UserError: when the layout cannot express the tiles, or another part of the model.
     """
-    settings = _require_settings(vlm.processor.view_settings)
+    tiling = _require_tiling(vlm.processor.view_settings)
     check_plain_projector(vlm, LAYOUT_NAME)
     transform = vlm.processor.transform
     side = transform.crop
-    pinpoints = [[rows * side, columns * side] for rows, columns in settings.tiling.list_grids()]
+    pinpoints = [[rows * side, columns * side] for rows, columns in tiling.list_grids()]
     image_processor = pil_llava_next_image_processor()(
         do_convert_rgb=True,
         size={"shortest_edge": side},
@@ -65,9 +66,9 @@ def write_hf_llava_next(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None)
     write_llava_folder(vlm, folder, dtype, variant, image_processor)
 
 
-def _require_settings(settings: ViewSettings | None) -> ViewSettings:
-    """Return what a model does with views; a UserError where this layout does otherwise."""
-    if settings is None:
+def _require_tiling(settings: ViewSettings | None) -> ImageTiling:
+    """Return how a model tiles images; a UserError where this layout does otherwise."""
+    if settings is None or settings.tiling is None:
         raise UserError(
             f"{LAYOUT_NAME} is for images in tiles, and this model has no vision.tiling; "
             "format=hf_llava is the layout without"
@@ -87,7 +88,7 @@ def _require_settings(settings: ViewSettings | None) -> ViewSettings:
             f"{LAYOUT_NAME} has {_format_keys(wanted)} of vision.tiling alone, and this model has "
             f"{_format_keys(other)}; format=vlbench holds every tiling"
         )
-    return settings
+    return tiling
 
 
 def _format_keys(keys: dict[str, object]) -> str:

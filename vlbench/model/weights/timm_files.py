@@ -46,7 +46,8 @@ def load_timm_weights(file: Path, encoder: Any, load_values: bool = True) -> set
     """
     visual, key = encoder.visual, OWN_PREFIX + POSITIONS
     positions = read_tensor_shapes(file).get(POSITIONS)
-    is_radio = "radio" in encoder.config.architecture
+    # a NaFlexViT keeps the file's grid, and resizes it for each picture
+    is_radio = "radio" in encoder.config.architecture and not encoder.takes_any_grid
     image_size = None if is_radio else _image_size_of(positions, visual)
     if image_size is not None:
         encoder.set_image_size(image_size)
@@ -76,7 +77,7 @@ def _image_size_of(positions: tuple[int, ...] | None, visual: Any) -> int | None
 
     None where there are none, as with rotary ones alone.
     """
-    own_embed = visual.trunk.pos_embed
+    own_embed = getattr(visual.trunk, POSITIONS, None)
     if positions is None or own_embed is None or len(positions) != own_embed.dim():
         return None
     rows, columns = encoder_grid(visual)
