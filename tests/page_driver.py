@@ -25,7 +25,7 @@ def add_picture(page, content: bytes = b"") -> None:
     page.set_input_files(
         "#composer input[type=file]", {**PNG, "buffer": content or picture_bytes()}
     )
-    page.wait_for_selector(".thumbnail")
+    page.wait_for_selector("#composer .thumbnail")
 
 
 def ask(page, question: str, with_picture: bool = False) -> None:
