@@ -211,6 +211,7 @@ def test_recipes_that_are_not_there(words, expected):
         ("run=a${b", "not interpolated"),
         ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),
         ("only=[a,b", "cannot be read"),
+        ("language.max_length=15", "at least 16, given 15"),
         ("data.mix=[]", "a list of at least 1"),
         ("data.mix=[{train: a, wieght: 1}]", "unknown key 'data.mix[0].wieght'"),
         ("stages.chat.adam_betas=[0.9,0.98,1]", "a list of at most 2"),
