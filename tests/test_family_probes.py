@@ -110,8 +110,8 @@ def test_each_cause_is_found_in_each_family(change, cause, monkeypatch):
         flags = np.array([read[one.sample.id] for one in questions if one.family == family])
         losses = losses_of_answers(np.zeros(len(flags), bool), flags.astype(bool))
         share = (losses == LOSSES.index(cause)).mean()
-        # where one or two labels decide, chance reads some
-        assert share > (0.55 if family in ("gist", "many", "crowd") else 0.85), (family, share)
+        # where one or two labels decide, chance reads some, at each of the three places
+        assert share > (0.45 if family in ("gist", "many", "crowd") else 0.85), (family, share)
     control = np.array([one["control"] for one in told["questions"]])
     assert control.mean(0).max() < 0.2
 
