@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
@@ -109,7 +110,8 @@ def test_each_cause_is_found_in_each_family(change, cause, monkeypatch):
         flags = np.array([read[one.sample.id] for one in questions if one.family == family])
         losses = losses_of_answers(np.zeros(len(flags), bool), flags.astype(bool))
         share = (losses == LOSSES.index(cause)).mean()
-        assert share > (0.65 if family in ("gist", "many") else 0.85), (family, share)
+        # where one or two labels decide, chance reads some, at each of the three places
+        assert share > (0.45 if family in ("gist", "many", "crowd") else 0.85), (family, share)
     control = np.array([one["control"] for one in told["questions"]])
     assert control.mean(0).max() < 0.2
 
@@ -155,6 +157,40 @@ def test_of_a_token_that_covers_two_letters_a_probe_reads_what_it_says_of_each_p
         shares[name] = attribute_accuracies(read, pictures)["letter"]
         assert attribute_accuracies(control, pictures)["letter"] < 0.2
     assert shares["shuffled"] > 0.85 and shares["mean"] < 0.8
+
+
+def test_an_object_of_a_crowd_is_found_by_what_the_question_names():
+    """A mean of two objects says the colour of the star if it holds both as one thing."""
+    (training, pictures) = (
+        [make_pictures("crowd", stream, 0, index)[0] for index in range(count)]
+        for stream, count in (("fit", 250), ("asked", 50))
+    )
+    pairs = {
+        (colour, shape): torch.randn(200, generator=torch.Generator().manual_seed(number))
+        for number, (colour, shape) in enumerate(product(COLOURS, SHAPES))
+    }
+
+    def means(scenes) -> Tensor:
+        tokens = torch.zeros(len(scenes), 16, 200)
+        for number, scene in enumerate(scenes):
+            for one in scene.objects:
+                token = int(one.y * 4 / scene.side) * 4 + int(one.x * 4 / scene.side)
+                tokens[number, token] += pairs[one.colour_shape] / 4
+        return tokens
+
+    grid = TokenGrid.over_patches((4, 4), (GRID, GRID))
+    read, control = read_regions(means(training), training, means(pictures), pictures, grid)
+    wanted = [
+        (number, evidence)
+        for number, scene in enumerate(pictures)
+        for one in list_picture_questions([scene], "en")
+        for evidence in question_evidence([scene], one.type, "en", one.text)
+    ]
+    shares = [
+        sum(values[number][one.label] in one.values for number, one in wanted) / len(wanted)
+        for values in (read, control)
+    ]
+    assert shares[0] > 0.85 and shares[1] < 0.35
 
 
 def test_tokens_without_places_are_not_blamed_for_what_their_probe_cannot_read(monkeypatch):

@@ -123,7 +123,7 @@ def test_probes_that_do_not_read_right_answers_are_doubted(tmp_path, capsys):
     assert row.kinds[0].read_of_right == (1.0, 0.5, 1.0) and not row.kinds[0].is_trusted
     assert main(["report", str(folder)]) == 0
     said = capsys.readouterr().out
-    assert "1.00 / 0.50 / 1.00" in said and "(colour 50%: about 0 of 0; shape 50%" in said
+    assert "1.00 / 0.50 / 1.00" in said and "colour 50%: about 0 of 0" in said
     add_probes(folder, lambda number: [1, 1, 1])
     assert main(["report", str(folder)]) == 0
     assert "read only a part" not in capsys.readouterr().out

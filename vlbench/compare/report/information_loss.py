@@ -260,7 +260,7 @@ def _count_reasons(
         Counter(
             UNSURE if names[at] in run.read else run.not_probed.get(names[at], "no probes")
             for run, of_run in zip(runs, not_attributed, strict=True)
-            for at in np.flatnonzero(of_run)
+            for at in np.flatnonzero(of_run).tolist()
         )
     )
 
