@@ -70,6 +70,14 @@ def test_names_of_rows_say_as_little_as_tells_them_apart(tmp_path, capsys):
     assert "| key | llava_mlp | linear |" in capsys.readouterr().out
 
 
+def test_a_connector_is_not_named_by_an_option_of_another(tmp_path, capsys):
+    run(tmp_path / "a", 0.8, 0, "connector.name=avgpool", "connector.pool=2")
+    run(tmp_path / "b", 0.8, 0, "connector.name=avgpool", "connector.pool=4")
+    run(tmp_path / "c", 0.8, 0)
+    assert main(["report", str(tmp_path)]) == 0
+    assert "| key | avgpool pool=2 | avgpool pool=4 | llava_mlp |" in capsys.readouterr().out
+
+
 def test_a_run_of_another_version_is_named(tmp_path, capsys):
     folder = run(tmp_path / "a", 0.8, 0)
     recipe = folder / "recipe.yaml"

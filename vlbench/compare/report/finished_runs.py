@@ -308,9 +308,18 @@ def _arm_names(runs: Sequence[FinishedRun]) -> list[str]:
             chosen.append(key)
     short = shorten_keys(chosen)
     columns = [
-        [_format_setting(short[key], value) for value in shown_values(runs, key)] for key in chosen
+        [
+            "" if _is_of_another_connector(key, identity) else _format_setting(short[key], value)
+            for identity, value in zip(identities, shown_values(runs, key), strict=True)
+        ]
+        for key in chosen
     ]
-    return [" ".join(words) for words in zip(*columns, strict=True)]
+    return [" ".join(filter(None, words)) for words in zip(*columns, strict=True)]
+
+
+def _is_of_another_connector(key: str, identity: Mapping[str, Any]) -> bool:
+    """Return whether a key is an option that the connector of a row does not have."""
+    return key.startswith("connector.") and key not in identity
 
 
 def _meaning_rank(key: str) -> int:
