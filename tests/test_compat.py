@@ -486,6 +486,7 @@ def test_layout_of_a_vision_encoder(config, blocks, width, patch):
     vision_internals.set_encoder_image_size(visual, 64)
     assert vision_internals.encoder_image_size(visual) == 64, "the image size is kept elsewhere"
     assert vision_internals.encoder_grid(visual) == (64 // patch,) * 2
+    assert vision_internals.patch_projection(visual).shape == (width, 3, patch, patch)
     vision_internals.keep_encoder_blocks(visual, 1)
     features = visual.forward_intermediates(
         torch.zeros(1, 3, 64, 64),
@@ -508,6 +509,7 @@ def test_a_naflexvit_takes_patches_of_any_grid():
     vision_internals.set_encoder_image_size(visual, 64)
     assert vision_internals.encoder_grid(visual) == (8, 8)
     assert not vision_internals.has_class_token(visual)
+    assert vision_internals.patch_projection(visual).shape == (32, 192)
     inputs = vision_internals.naflex_inputs(visual, torch.rand(2, 3, 32, 32), [(2, 7), (5, 3)])
     assert inputs["patches"].shape == (2, 16, 192)
     assert inputs["attn_mask"].sum(-1).flatten().tolist() == [14, 15]

@@ -148,6 +148,19 @@ def encoder_width(visual: Any) -> int:
     return int(visual.positional_embedding.shape[-1])
 
 
+def patch_projection(visual: Any) -> Tensor:
+    """Return the weights that make an embedding of the pixels of a patch.
+
+    `trunk.patch_embed.proj` of timm, of a `NaFlexVit` `trunk.embeds.proj`; `conv1` of open_clip.
+    """
+    if not has_timm_trunk(visual):
+        weight: Tensor = visual.conv1.weight
+        return weight
+    holder = visual.trunk.embeds if takes_any_grid(visual) else visual.trunk.patch_embed
+    weight = holder.proj.weight
+    return weight
+
+
 def encoder_image_size(visual: Any) -> int:
     """Return the side of the square input in pixels: `image_size`, a pair."""
     return int(visual.image_size[0])

@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from vlbench.compat.torch_internals import make_flop_counter
-from vlbench.compat.vision_internals import encoder_width
+from vlbench.compat.vision_internals import encoder_width, patch_projection
 from vlbench.connector.base import ImagePlaces
 from vlbench.connector.blank_inputs import blank_inputs
 from vlbench.connector.levels import Levels, first_level
@@ -126,9 +126,7 @@ def _encoder_flops(encoder: VisionEncoder) -> float:
     for block in encoder.blocks()[: encoder.used_block_count]:
         total += length * _matmul_flops(block, trained)
         total += 4 * length**2 * width * (3 if trained else 1)
-    visual = getattr(encoder.visual, "trunk", encoder.visual)
-    patchify = visual.patch_embed.proj if hasattr(visual, "patch_embed") else visual.conv1
-    kernel_size: int = patchify.weight.numel()
+    kernel_size = patch_projection(encoder.visual).numel()
     return total + patches * 2 * kernel_size * (1 + trained)
 
 
