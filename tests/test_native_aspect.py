@@ -205,8 +205,8 @@ def test_a_connector_of_one_grid_is_refused_in_one_line(name):
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["vision.tiling.tiles=4"], "a tile is a square"),
-        (["vision.second.name=tiny"], "in squares alone"),
+        (["vision.tiling.tiles=4"], "has aspect=native and tiling"),
+        (["vision.second.name=tiny"], "has aspect=native and second"),
         (["vision.max_visual_tokens=64"], "no tiles to reduce"),
     ],
 )

@@ -265,7 +265,7 @@ def test_a_run_that_begins_with_one_is_tiled_as_it_was(trained, tmp_path):
         (["vision.tiling.tiles=65"], "vision.tiling.tiles"),
         (["vision.tiling.grid=anyres"], "llava_next"),
         (["vision.tiling.tag=none"], "Did you mean"),
-        (["vision.tiling.tiles=4", "vision.second.name=tiny"], "are those of one encoder"),
+        (["vision.tiling.tiles=4", "vision.second.name=tiny"], "has tiling and second"),
         (["recipe=yivl_blip2", "vision.tiling.tiles=4"], "objective=blip2, which compares"),
     ],
 )  # fmt: skip

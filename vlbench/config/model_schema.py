@@ -74,9 +74,7 @@ class SecondEncoderConfig(NamedEncoderConfig):
     weights: PathText = key("as vision.weights", "embedded")
     layer: int = key("as vision.layer", -2, ge=-100, le=99)
     norm: bool = key("as vision.norm", False)
-    image_size: ImageSize | None = key(
-        "side of its images in pixels; null: as many patches as the first", None
-    )
+    image_size: ImageSize | None = key("side in pixels; null: as many patches as the first", None)
 
 
 class TilingConfig(RecipeSection):
@@ -87,13 +85,9 @@ class TilingConfig(RecipeSection):
         "llava_next: most pixels, padded; internvl: closest shape, squashed", "llava_next"
     )
     thumbnail: bool = key("tiled images have a view of the whole as well", True)
-    tags: ViewTags = key(
-        "newline: learned, after each row of tokens; numbered: text before views", "newline"
-    )
+    tags: ViewTags = key("newline: learned, behind rows; numbered: texts before views", "newline")
     max_views: Count | None = key("a sample with more views is bad; null: any number", None)
-    grids: Grids | None = key(
-        "the only grids, ROWSxCOLUMNS, as a release may have; null: all of up to `tiles`", None
-    )
+    grids: Grids | None = key("the only grids, ROWSxCOLUMNS; null: all of up to `tiles`", None)
 
     @property
     def grid_sizes(self) -> tuple[tuple[int, int], ...]:
@@ -105,7 +99,7 @@ class TilingConfig(RecipeSection):
         """Yield what is wrong with the grids."""
         least = 2 if self.grid == "llava_next" else 1
         if self.grids and least > self.tiles:
-            raise ValueError(
+            yield (
                 f"has grids={','.join(self.grids)} and tiles={self.tiles}: with grid={self.grid} a "
                 f"grid has at least {least} tiles; leave grids out for images of one view"
             )
@@ -133,9 +127,7 @@ class VisionEncoderConfig(NamedEncoderConfig):
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)
     second: SecondEncoderConfig | None = key("a second vision encoder; null: none", None)
-    aspect: ImageAspect = key(
-        "square; native: images keep their shape, for a NaFlexViT of timm", "square"
-    )
+    aspect: ImageAspect = key("native: images keep their shape (timm's NaFlexViT)", "square")
     tiling: TilingConfig | None = key("several views of an image; null: one square", None)
     max_visual_tokens: Count | None = key(
         "image positions of a sample, to which tiles are reduced; null: any number", None
@@ -144,22 +136,17 @@ class VisionEncoderConfig(NamedEncoderConfig):
     def find_conflicts(self) -> Iterator[str]:
         """Yield what is wrong with its weights, and with tiles."""
         yield from super().find_conflicts()
-        if self.aspect == "native" and self.tiling is not None:
-            yield "has aspect=native and tiling: a tile is a square; leave one of the two out"
-        if self.aspect == "native" and self.second is not None:
+        kinds = {"aspect=native": self.aspect == "native", "tiling": self.tiling}
+        given = [kind for kind, value in {**kinds, "second": self.second}.items() if value]
+        if len(given) > 1:
             yield (
-                f"has aspect=native and second.name={self.second.name}: patches of two encoders "
-                "lie on each other in squares alone; leave one of the two out"
+                f"has {' and '.join(given)}: an image has a shape of its own, or square tiles, or "
+                "two encoders; leave one of them out"
             )
         if self.max_visual_tokens is not None and self.tiling is None:
             yield (
                 f"has max_visual_tokens={self.max_visual_tokens} and no tiles to reduce: give "
                 "vision.tiling.tiles"
-            )
-        if self.tiling is not None and self.second is not None:
-            yield (
-                f"has tiling and second.name={self.second.name}: the views of an image are those "
-                "of one encoder; leave one of the two out"
             )
 
     @property
@@ -176,9 +163,7 @@ class LanguageModelConfig(PretrainedPartConfig):
     name: Literal["tiny", "yi-6b", "yi-34b"] = key("architecture, if not of `weights`", "tiny")
     weights: PathText = key("embedded (tiny only), random, a folder or hub id", "embedded")
     template: TemplateName = key("chat template; auto: the tokenizer's own", "yi_vl")
-    max_length: int = key(
-        "most tokens of a conversation, image positions included", 4096, ge=16, le=MAX_COUNT
-    )
+    max_length: int = key("most tokens of a sample, images too", 4096, ge=16, le=MAX_COUNT)
 
 
 @dataclass(frozen=True)
