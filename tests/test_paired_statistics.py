@@ -148,6 +148,12 @@ def uncertain(pairs: int, degrees: float = 8.0) -> PairUncertainty:
     return PairUncertainty(0.01, degrees, 0.7, 0.9, pairs, 1200, 3)
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize(("pairs", "degrees"), [(2, 15.0), (4, 39.0)])
+def test_a_detectable_difference_is_found_without_warnings(pairs: int, degrees: float):
+    assert 0.02 < smallest_detectable(uncertain(pairs, degrees)) < 0.05
+
+
 def test_the_detectable_difference_is_that_of_the_whole_comparison():
     assert smallest_detectable(uncertain(1)) < smallest_detectable(uncertain(6))
     assert smallest_detectable(uncertain(6)) < smallest_detectable(uncertain(28))

@@ -57,7 +57,9 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     critical = float(stats.t.isf(level, degrees))
 
     def missing_power(noncentrality: float) -> float:
-        return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
+        # scipy 1.13 warns of steps within its algorithm; brentq refuses a result that is NaN
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
 
     noncentrality = float(brentq(missing_power, 0.0, 10 * critical + 10))
     shrinkage = math.sqrt(2 / degrees) * math.exp(gammaln((degrees + 1) / 2) - gammaln(degrees / 2))
