@@ -249,7 +249,7 @@ def test_check_and_plan_count_the_positions_of_each_image(words, tmp_path, capsy
     assert main(["plan", *words]) == 0
     said = capsys.readouterr().out
     positions = [2 * 7, 4 * 5, 6 * 3, 5 * 4, 2 * 7, 4 * 5]
-    assert f"{sum(positions) / 6:.0f} visual tokens on average" in said
+    assert f"image positions of a sample: 1, 1, {sum(positions) / 6:.4g}" in said
 
 
 @pytest.mark.slow
