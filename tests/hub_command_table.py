@@ -379,5 +379,9 @@ ELSEWHERE = {
     "lmms-eval eval --model vlbench --model_args model=RUN --tasks mmmu_val --batch_size 16": (
         "tests/test_lmms.py runs it where lmms-eval is installed"
     ),
+    f"{FIT} vision.aspect=native vision.name=timm/naflexvit_so400m_patch16_siglip.v2_webli": (
+        "tests/test_encoder_families.py loads a NaFlexViT by its name on the hub, and "
+        "tests/test_native_training.py trains one"
+    ),
 }
 """Commands that another test runs."""

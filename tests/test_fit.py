@@ -240,7 +240,7 @@ def test_a_killed_data_worker_is_one_line_and_the_run_goes_on(whole: Path, tmp_p
 
 def test_metrics_beyond_the_checkpoint_and_a_torn_line_are_dropped(tmp_path: Path) -> None:
     metrics = tmp_path / "metrics.csv"
-    rest = "0.5,,0.1,1.0,2.0,3.0,4.0,0.1,,7,5.0"
+    rest = "0.5,,0.1,1.0,2.0,3.0,3.0,4.0,0.1,,7,5.0"
     lines = [f"{stage},{step},{rest}" for stage in STEPS for step in (1, 2)]
     metrics.write_text("\n".join([",".join(METRIC_COLUMNS), *lines, "chat,3,0."]))
     truncate_metrics(metrics, list(STEPS), "align_448", 1)

@@ -151,13 +151,12 @@ def test_two_shapes_with_the_same_pixels_are_two_images():
 def test_a_map_over_an_image_has_its_own_rows_and_columns():
     vlm = native_vlm()
     sample = native_sample(1)
-    ((rows, columns),) = (
-        image.grid for image in vlm.processor.view_layout.tile_sample(sample).images
-    )
+    (image,) = vlm.processor.view_layout.tile_sample(sample).images
+    (rows, columns), transform = image.grid, vlm.processor.transform
     values = torch.arange(16.0)[None]
-    found = map_image(vlm.processor, sample, 0, values, vlm.vision.grid)
+    found = map_image(transform, image, values, vlm.vision.grid)
     assert found.tolist() == torch.arange(float(rows * columns)).view(rows, columns).tolist()
-    assert find_map_box(vlm.processor, sample, 0) == WHOLE_IMAGE
+    assert find_map_box(transform, image) == WHOLE_IMAGE
     assert have_equal_views(vlm, [sample, sample])
     assert not have_equal_views(vlm, [native_sample(1), native_sample(2)])
 
