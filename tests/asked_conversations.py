@@ -6,10 +6,13 @@ import random
 from dataclasses import replace
 from typing import Any
 
+import torch
 from random_vlm import SMALL, NoiseImage, open_gates, small_vlm
 
 from vlbench.connector import registry
+from vlbench.contract_checks.small_model import extend_prompt
 from vlbench.data.image_tiling import ImageTiling
+from vlbench.data.packing import PackedBatch
 from vlbench.data.view_layout import ViewSettings
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.processor import ChatMessage
@@ -69,3 +72,14 @@ def make_conversations(count: int, seed: int = 0) -> list[list[ChatMessage]]:
             messages.append(ask(f"{number}? " + "word " * rng.randrange(20), *images))
         conversations.append(messages)
     return conversations
+
+
+def recomputed(vlm: LoadedVLM, prompt: PackedBatch, tokens: int) -> list[int]:
+    """Answer a prompt of one row, all of it computed again for every token."""
+    new_ids = []
+    with torch.no_grad():
+        for _ in range(tokens):
+            logits = vlm(prompt).logits
+            new_ids.append(int(logits[0, -1, : vlm.tokenizer.embedding_rows].argmax()))
+            prompt = extend_prompt(prompt, new_ids[-1])
+    return new_ids

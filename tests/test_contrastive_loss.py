@@ -27,8 +27,9 @@ from vlbench.model import blip2_objective
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.train.callbacks import held_out_losses
+from vlbench.train.step_report import StepReport
 from vlbench.train.trainable_parts import freeze_untrained_parts
-from vlbench.train.training_module import StepReport, VLMTrainingModule
+from vlbench.train.training_module import VLMTrainingModule
 
 PAIRS = 32
 PACKINGS = {

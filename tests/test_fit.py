@@ -23,7 +23,7 @@ from vlbench.train import checkpoint_files, lightning_trainer
 from vlbench.train.lightning_trainer import build_trainer
 from vlbench.train.progress_logging import METRIC_COLUMNS, truncate_metrics
 from vlbench.train.stage_runner import StageRunner
-from vlbench.train.training_module import SEEN_COUNTS
+from vlbench.train.step_report import SEEN_COUNTS
 
 STEPS = {"align_224": 3, "align_448": 2, "chat": 4}
 SHORT = [

@@ -22,8 +22,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
+from vlbench.data.filler_batches import empty_batch
 from vlbench.data.optimizer_step import OptimizerStep
-from vlbench.data.packing import PackedBatch, empty_batch
+from vlbench.data.packing import PackedBatch
 from vlbench.distributed.collectives import gather_full_tensor
 from vlbench.distributed.process_group import check_neighbours
 from vlbench.errors import UserError
@@ -34,6 +35,7 @@ from vlbench.model.weights.tensor_files import LazyTensors
 from vlbench.train import gradient_sync, training_module
 from vlbench.train.gradient_sync import defer_gradient_sync, reduces_once_per_step
 from vlbench.train.optimizer_state import named_optimizer_state, restore_optimizer_state
+from vlbench.train.step_report import StepReport
 
 MICRO_BATCHES = 8
 EXCHANGES = ("all_reduce", "reduce_scatter", "all_gather")
@@ -280,7 +282,7 @@ def test_a_stage_defers_all_but_the_last_micro_batch(monkeypatch) -> None:
     training._trainer = object()  # type: ignore[assignment]
     monkeypatch.setattr(training, "manual_backward", lambda loss: events.append("backward"))
     step = OptimizerStep(0, micro_batches(vlm, 0, torch.float32)[:3])
-    training._accumulate_gradients(step, step.counts, training_module.StepReport(0), None)
+    training._accumulate_gradients(step, step.counts, StepReport(0), None)
     assert events == ["defer", "backward", "defer", "backward", "backward"]
 
 

@@ -11,23 +11,23 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from asked_conversations import recomputed
 from native_models import SIZES, native_sample, native_vlm, write_native_encoder
 from PIL import Image
 from random_vlm import NoiseImage, make_batch, make_sample
+from row_gradients import learn
 from safetensors.torch import load_file
 from torch import Tensor
 
 import vlbench
 from vlbench.__main__ import main
-from vlbench.contract_checks.small_model import extend_prompt
-from vlbench.data.packing import PackedBatch, empty_batch
+from vlbench.data.filler_batches import empty_batch
 from vlbench.data.sample import Sample
 from vlbench.data.view_layout import NEWLINE_INDEX, ViewSettings
 from vlbench.evaluate.place_features import have_equal_views
 from vlbench.evaluate.view_map import WHOLE_IMAGE, find_map_box, map_image
 from vlbench.model.generation.kv_cache import PrefixCache
 from vlbench.model.generation.prefix_pool import position_keys
-from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.view_tokens import newline_of
 from vlbench.train import checkpoint_files
 
@@ -35,27 +35,14 @@ SAMPLES = [native_sample(1), native_sample(2, 2), make_sample(3, 0), native_samp
 CONNECTORS = ["llava_mlp", "deepstack", pytest.param("dense", marks=pytest.mark.slow)]
 
 
-def learn(connector: str, rows: list[list[Sample]]) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients over micro-batches of one row each, in float64."""
-    vlm = native_vlm(connector).to(torch.float64)
-    batches = [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows]
-    tokens = sum(batch.supervised_token_count for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = vlm(batch).loss_sum / tokens
-        loss.backward()
-        total += float(loss.detach())
-    return total, {n: p.grad for n, p in vlm.model.named_parameters() if p.grad is not None}
-
-
 @pytest.mark.parametrize("connector", CONNECTORS)
 def test_packed_alone_and_in_another_order_learn_the_same(connector):
-    loss, expected = learn(connector, [SAMPLES])
+    loss, expected = learn(native_vlm(connector), [SAMPLES])
     assert (
         "connector.image_newline" in expected and "vision.visual.trunk.embeds.pos_embed" in expected
     )
     for rows in ([[one] for one in SAMPLES], [SAMPLES[::-1]], [SAMPLES[3:], SAMPLES[:3]]):
-        found_loss, found = learn(connector, rows)
+        found_loss, found = learn(native_vlm(connector), rows)
         assert found_loss == pytest.approx(loss, rel=1e-9) and found.keys() == expected.keys()
         for name, value in expected.items():
             away = float((found[name] - value).abs().max())
@@ -105,17 +92,6 @@ def test_a_batch_without_images_gives_every_part_a_gradient():
 def native_question(number: int) -> Sample:
     sample = native_sample(number, number % 3)
     return replace(sample, turns=sample.turns[:1])
-
-
-def recomputed(vlm: LoadedVLM, prompt: PackedBatch, tokens: int) -> list[int]:
-    """Answer a prompt of one row, all of it computed again for every token."""
-    new_ids = []
-    with torch.no_grad():
-        for _ in range(tokens):
-            logits = vlm(prompt).logits
-            new_ids.append(int(logits[0, -1, : vlm.tokenizer.embedding_rows].argmax()))
-            prompt = extend_prompt(prompt, new_ids[-1])
-    return new_ids
 
 
 @pytest.mark.parametrize("connector", CONNECTORS)

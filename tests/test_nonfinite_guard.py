@@ -10,7 +10,7 @@ import pytest
 
 from vlbench.errors import UserError
 from vlbench.train.nonfinite_guard import NonFiniteGuard
-from vlbench.train.training_module import StepReport
+from vlbench.train.step_report import StepReport
 
 
 def step(*names: str) -> Any:

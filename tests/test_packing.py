@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from vlbench.data.packing import collate, empty_batch, pack_samples
+from vlbench.data.filler_batches import empty_batch
+from vlbench.data.packing import collate, pack_samples
 from vlbench.data.sample import Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, IMAGE_TOKEN_INDEX, EncodedSample
 

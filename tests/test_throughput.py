@@ -10,8 +10,8 @@ import torch
 
 from vlbench.train import throughput
 from vlbench.train.gpu_names import peak_flops
+from vlbench.train.step_report import StepReport
 from vlbench.train.throughput import ThroughputMeter, format_throughput
-from vlbench.train.training_module import StepReport
 
 GIB = 2**30
 CARDS = {  # what drivers call them, GiB that they show, TFLOP/s

@@ -6,10 +6,9 @@ from dataclasses import replace
 
 import pytest
 import torch
-from asked_conversations import TILED, answered, ask, build_asked_vlm, noise
+from asked_conversations import TILED, answered, ask, build_asked_vlm, noise, recomputed
 
-from vlbench.contract_checks.small_model import extend_prompt, make_question
-from vlbench.data.packing import PackedBatch
+from vlbench.contract_checks.small_model import make_question
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.model.generation.decoding_state import CompiledDecodeStep
 from vlbench.model.generation.kv_cache import PrefixCache
@@ -25,17 +24,6 @@ def names(quick: str, *others: str):
 def build(name: str) -> LoadedVLM:
     """Return a tiled model in float64, so that ways to compute the same agree."""
     return build_asked_vlm(f"tiled {name}").to(torch.float64)
-
-
-def recomputed(vlm: LoadedVLM, prompt: PackedBatch, tokens: int) -> list[int]:
-    """Answer a prompt of one row, all of it computed again for every token."""
-    new_ids = []
-    with torch.no_grad():
-        for _ in range(tokens):
-            logits = vlm(prompt).logits
-            new_ids.append(int(logits[0, -1, : vlm.tokenizer.embedding_rows].argmax()))
-            prompt = extend_prompt(prompt, new_ids[-1])
-    return new_ids
 
 
 def question(number: int, *images: int):

@@ -13,17 +13,17 @@ import torch
 from forked_processes import run_in_processes
 from PIL import Image
 from random_vlm import SMALL, NoiseImage, make_batch, make_sample, open_gates, small_vlm
+from row_gradients import gradients, learn
 from safetensors.torch import load_file
 from torch import Tensor, distributed
-from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 import vlbench
 from vlbench.__main__ import main
 from vlbench.config.recipe import load_recipe
 from vlbench.connector import registry
+from vlbench.data.filler_batches import empty_batch
 from vlbench.data.image_tiling import ImageTiling
-from vlbench.data.packing import empty_batch
 from vlbench.data.sample import Sample
 from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
@@ -69,27 +69,6 @@ SAMPLES = [
     tiled_sample(14),
     tiled_sample(5),
 ]
-
-
-def gradients(model: torch.nn.Module) -> dict[str, Tensor]:
-    return {
-        name: p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-        for name, p in model.named_parameters()
-        if p.grad is not None
-    }
-
-
-def learn(vlm: LoadedVLM, rows: list[list[Sample]]) -> tuple[float, dict[str, Tensor]]:
-    """Return loss and gradients over micro-batches of one row each, in float64."""
-    vlm = vlm.to(torch.float64)
-    batches = [make_batch(vlm, [row]).to("cpu", torch.float64) for row in rows]
-    tokens = sum(batch.supervised_token_count for batch in batches)
-    total = 0.0
-    for batch in batches:
-        loss = vlm(batch).loss_sum / tokens
-        loss.backward()
-        total += float(loss.detach())
-    return total, gradients(vlm.model)
 
 
 def assert_same(found: tuple[float, dict], expected: tuple[float, dict], near: float) -> None:

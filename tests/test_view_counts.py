@@ -17,8 +17,8 @@ from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.view_layout import ViewLayout, ViewSettings
 from vlbench.train.run_report import show_truncation
+from vlbench.train.step_report import StepReport
 from vlbench.train.throughput import ThroughputMeter, format_throughput
-from vlbench.train.training_module import StepReport
 from vlbench.train.view_report import show_views
 
 VIEWS = 3  # of an image: a thumbnail and two tiles

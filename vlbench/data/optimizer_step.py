@@ -17,7 +17,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple, Protocol
 
-from vlbench.data.packing import PackedBatch, empty_batch
+from vlbench.data.filler_batches import empty_batch
+from vlbench.data.packing import PackedBatch
 from vlbench.errors import BadSample
 
 

@@ -80,7 +80,9 @@ def write_results(
         "budget": build_budget_card(recipe.stages, run, vlm, spent_by_stage),
     }
     # the results have time and memory of the run without its probes
-    if recipe.log.information_probes and not write_information(recipe, run, vlm, should_stop):
+    if recipe.log.information_probes and not _write_probes(
+        recipe, run, vlm, questions, should_stop
+    ):
         return False
     write_atomically(run.results_file, format_json(results, indent=1))
     # last, as it runs more of a user's own connector: the results are safe if that fails
@@ -94,11 +96,21 @@ def write_results(
 def write_information(
     recipe: Recipe, run: RunFolder, vlm: LoadedVLM, should_stop: Callable[[], bool]
 ) -> bool:
-    """Write where the information for the answers of a run went (`probe_information`).
+    """Write where the information for the answers of a finished run went (`probe_information`).
 
     Returns False, with nothing written, if `should_stop` became true before the end.
     """
     _, questions, _ = final_questions(recipe.last_stage_data, recipe.log.questions)
+    return _write_probes(recipe, run, vlm, questions, should_stop)
+
+
+def _write_probes(
+    recipe: Recipe,
+    run: RunFolder,
+    vlm: LoadedVLM,
+    questions: Sequence[EvalQuestion],
+    should_stop: Callable[[], bool],
+) -> bool:
     information = probe_information(recipe.last_stage_data, vlm, questions, should_stop)
     if should_stop():
         return False

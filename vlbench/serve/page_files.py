@@ -8,6 +8,8 @@ from pathlib import Path
 from fastapi import APIRouter
 from starlette.responses import Response
 
+from vlbench.serve.api.access_checks import SAFE_METHODS
+
 PAGE_FOLDER = Path(__file__).parent / "page"
 INDEX_FILE = "index.html"
 FILES_PREFIX = "/page/files/"
@@ -37,7 +39,7 @@ def file_router() -> APIRouter:
     router = APIRouter()
     for address, path in page_files().items():
         send = _file_sender(path.read_bytes(), MEDIA_TYPES[path.suffix])
-        router.add_api_route(address, send, methods=["GET", "HEAD"])
+        router.add_api_route(address, send, methods=[*SAFE_METHODS])
     return router
 
 

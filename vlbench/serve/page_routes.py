@@ -20,6 +20,7 @@ from vlbench.data.image_processing import mean_colour
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_forward_flops
+from vlbench.serve.api.access_checks import SAFE_METHODS
 from vlbench.serve.api.api_errors import CLIENT_LEFT, ApiError
 from vlbench.serve.api.api_state import ApiState, api_state
 from vlbench.serve.api.chat_messages import build_messages
@@ -103,7 +104,7 @@ def describe_for_page(vlm: LoadedVLM) -> dict[str, Any]:
     }
 
 
-@router.api_route("/config", methods=["GET", "HEAD"])
+@router.api_route("/config", methods=[*SAFE_METHODS])
 async def show_config(request: Request) -> dict[str, Any]:
     """Return what is known of each model, and whether votes are kept."""
     page = _page_state(request)

@@ -12,7 +12,8 @@ from torch import Tensor
 from vlbench.connector.blank_inputs import blank_features
 from vlbench.connector.levels import as_levels
 from vlbench.data.batch_sampler import StepDataset
-from vlbench.data.packing import PackedBatch, empty_batch, extend_row
+from vlbench.data.filler_batches import empty_batch, extend_row
+from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 from vlbench.model.activation_checkpointing import CHECKPOINTING_MODES
 from vlbench.model.compile_blocks import CompiledBlocks

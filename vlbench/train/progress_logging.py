@@ -19,8 +19,9 @@ from vlbench.model.fsdp_wrapping import unsharded_connector
 from vlbench.regular_files import MAX_RECORDS_BYTES
 from vlbench.text_files import append_text, read_text, write_atomically
 from vlbench.train.callbacks import StageCallback, ValidationCallback
+from vlbench.train.step_report import StepReport
 from vlbench.train.throughput import ThroughputMeter, format_throughput
-from vlbench.train.training_module import StepReport, VLMTrainingModule
+from vlbench.train.training_module import VLMTrainingModule
 
 METRIC_COLUMNS = (
     "stage",

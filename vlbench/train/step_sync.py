@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
+from vlbench.data.filler_batches import empty_batch
 from vlbench.data.optimizer_step import OptimizerStep, StepCounts
-from vlbench.data.packing import PackedBatch, empty_batch
+from vlbench.data.packing import PackedBatch
 from vlbench.distributed import collectives
 
 

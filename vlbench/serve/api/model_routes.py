@@ -7,6 +7,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from starlette.responses import JSONResponse, Response
 
+from vlbench.serve.api.access_checks import SAFE_METHODS
 from vlbench.serve.api.api_state import api_state
 from vlbench.serve.api.server_metrics import METRICS_TYPE
 
@@ -14,20 +15,20 @@ HEALTH_PATH = "/health"
 router = APIRouter()
 
 
-@router.api_route("/v1/models", methods=["GET", "HEAD"])
+@router.api_route("/v1/models", methods=[*SAFE_METHODS])
 async def list_models(request: Request) -> dict[str, Any]:
     """Return OpenAI's list of models, with connector, visual tokens and image size of each."""
     models = api_state(request).models.values()
     return {"object": "list", "data": [model.describe() for model in models]}
 
 
-@router.api_route("/v1/models/{name:path}", methods=["GET", "HEAD"])
+@router.api_route("/v1/models/{name:path}", methods=[*SAFE_METHODS])
 async def show_model(request: Request, name: str) -> dict[str, Any]:
     """Return one model of the list."""
     return api_state(request).find_model(name).describe()
 
 
-@router.api_route(HEALTH_PATH, methods=["GET", "HEAD"])
+@router.api_route(HEALTH_PATH, methods=[*SAFE_METHODS])
 async def check_health(request: Request) -> Response:
     """Say that requests are accepted; 503 once the server has been asked to stop."""
     if api_state(request).is_draining:
@@ -35,7 +36,7 @@ async def check_health(request: Request) -> Response:
     return JSONResponse({"status": "ok"})
 
 
-@router.api_route("/metrics", methods=["GET", "HEAD"])
+@router.api_route("/metrics", methods=[*SAFE_METHODS])
 async def show_metrics(request: Request) -> Response:
     """Return the counts of the server in Prometheus' text format."""
     state = api_state(request)
