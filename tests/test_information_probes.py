@@ -21,6 +21,7 @@ from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.picture_labels import LabelledPicture
+from vlbench.data.sample import ChatTurn
 from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX
 from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import LANGUAGES, list_questions
@@ -92,6 +93,20 @@ def test_probes_are_fitted_on_training_pictures_that_no_question_is_about():
     left = training_questions(stage_data, set(names[:1]), {GIST: 1000})[GIST]
     assert [one.sample.id for one in left] == [one.sample.id for one in fitted_on[1:]]
     assert all(one.sample.turns[-1].role == "human" and one.answer for one in fitted_on)
+
+
+def test_probes_pass_over_samples_that_answer_nothing(monkeypatch):
+    question = scene_questions("new")[0]
+    unanswered = replace(question.sample, id="unanswered", turns=())
+    answered = replace(
+        question.sample,
+        id="answered",
+        turns=(*question.sample.turns, ChatTurn("assistant", question.answer)),
+    )
+    monkeypatch.setattr(information_probes, "open_stage_mixture", lambda _: [unanswered, answered])
+    stage_data = recipes.load_recipe(["recipe=yivl_llava"]).last_stage_data
+    [fitted_on] = training_questions(stage_data, set(), {GIST: 1000})[GIST]
+    assert fitted_on.sample.id == "answered" and fitted_on.answer == question.answer
 
 
 def written_labels(scene: RenderedScene, kept: tuple[str, ...]) -> Tensor:

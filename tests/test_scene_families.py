@@ -21,6 +21,7 @@ from vlbench.data.scene_families import (
     picture_caption,
 )
 from vlbench.data.scene_lattice import LATTICE, MAX_OBJECTS, MIN_OBJECTS, make_lattice_scene
+from vlbench.data.scene_lattice_text import DOT_QUESTIONS, list_lattice_questions
 from vlbench.data.scene_letters import MIN_LETTERS, make_letter_scene
 from vlbench.data.scene_painting import LETTERS
 from vlbench.data.scene_text import LANGUAGES, list_questions
@@ -201,6 +202,15 @@ def test_training_shows_every_family_where_it_can_be_seen() -> None:
     assert {SceneCaptions(0, 100)[i].images[0].grid for i in range(100)} == {2, 4, 8}
     for small in (SceneCaptions(0, 100, 56), SceneConversations(0, 100, 4, 56)):
         assert {small[i].images[0].grid for i in range(100)} == {2}
+
+
+def test_objects_that_stand_apart_leave_a_question() -> None:
+    index = 2475  # of seed 0: nothing is beside anything, and no object has a dot
+    assert not list_lattice_questions(make_lattice_scene("conversations", 0, index), "en")
+    sample = SceneConversations(0, index + 1, 10)[index]
+    assert [turn.role for turn in sample.turns] == ["human", "assistant"]
+    assert sample.turns[0].text.endswith(tuple(DOT_QUESTIONS.values()))
+    assert any(one.has_dot for one in sample.images[0].objects)
 
 
 def test_a_caption_names_every_object_at_its_place() -> None:

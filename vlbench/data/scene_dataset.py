@@ -86,6 +86,9 @@ class SceneConversations(SceneSource):
         has_dot = rng.random() < DOT_SHARE
         pictures = make_pictures(family, "conversations", self.seed, index, has_dot)
         candidates = list_picture_questions(pictures, language)
+        if not candidates:  # few objects that stand apart, one in 2,600 of a lattice: one has a dot
+            pictures = make_pictures(family, "conversations", self.seed, index, has_dot=True)
+            candidates = list_picture_questions(pictures, language)
         picked = pick_questions(rng, candidates, self._question_count)
         turns = question_turns(picked, len(pictures), language)
         return Sample(f"conversation-{self.seed}-{index}", turns, pictures, language)

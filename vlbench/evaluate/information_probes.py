@@ -137,7 +137,7 @@ def training_questions(
     """Return the first questions of the first samples that a stage trains on, of each kind.
 
     They have as many pictures as `wanted` says, none of which is one of the held-out pictures.
-    Up to SEARCHED_SAMPLES are looked through.
+    Samples that answer nothing are passed over. Up to SEARCHED_SAMPLES are looked through.
     """
     mixture = open_stage_mixture(stage_data)
     found: dict[PicturesKind, list[EvalQuestion]] = {kind: [] for kind in wanted}
@@ -149,14 +149,20 @@ def training_questions(
         kind = pictures_kind(sample)
         if kind is None or left.get(kind, 0) <= 0:
             continue
-        if not any(image.name in held_out_pictures for image in sample.images):
-            found[kind].append(_first_question(sample))
+        if any(image.name in held_out_pictures for image in sample.images):
+            continue
+        question = _first_question(sample)
+        if question is not None:
+            found[kind].append(question)
             left[kind] -= len(sample.images)
     return found
 
 
-def _first_question(sample: Sample) -> EvalQuestion:
-    turn = next(at for at, one in enumerate(sample.turns) if one.role == "assistant")
+def _first_question(sample: Sample) -> EvalQuestion | None:
+    roles = [turn.role for turn in sample.turns]
+    if "assistant" not in roles:
+        return None
+    turn = roles.index("assistant")
     question = replace(sample, turns=sample.turns[:turn])
     return EvalQuestion(question, sample.turns[turn].text, "", sample.language)
 
