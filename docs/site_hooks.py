@@ -28,7 +28,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
         lambda mark: notebook_text((ROOT / "docs" / source).with_name(mark[1])), markdown
     )
     if KEYS_MARK in markdown:
-        from vlbench.__main__ import verb_help
+        from vlbench.command_dispatch import verb_help
 
         markdown = markdown.replace(KEYS_MARK, f"```text\n{verb_help('fit')}\n```")
     return markdown

@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
-    ("version", "errors"),
+    ("version", "errors", "stop_signals"),
     ("compat", "regular_files"),
     ("file_lock", "system_errors"),
     (
@@ -49,6 +49,7 @@ LAYERS = (
     ("verbs",),
     ("python_fit",),
     ("__init__",),
+    ("command_dispatch",),
     ("__main__",),
 )
 """Rooms from the bottom to the top; one imports its own, and those of the layers below."""

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from vlbench.printable_streams import show_control_characters
-from vlbench.process_settings import preserve_process_settings
 from vlbench.version import __version__
 
 if TYPE_CHECKING:
@@ -36,6 +34,9 @@ def load(
     `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
+    from vlbench.printable_streams import show_control_characters  # here: importing is quick
+    from vlbench.process_settings import preserve_process_settings
+
     with preserve_process_settings(), show_control_characters():
         from vlbench.load_model import load_model as load_now  # here: it imports torch
 
@@ -51,6 +52,9 @@ def fit(recipe: str | Path, **keys: Any) -> TrainedRun | None:
     the command prints a line. Settings of the process (logging, warnings, signals, random numbers)
     are as before when it returns.
     """
+    from vlbench.printable_streams import show_control_characters  # here: importing is quick
+    from vlbench.process_settings import preserve_process_settings
+
     with preserve_process_settings(), show_control_characters():
         from vlbench.python_fit import fit_keys  # here: it imports torch in the end
 

@@ -13,7 +13,8 @@ from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from vlbench.errors import printable_text
-from vlbench.process_settings import RestoreFunction, SettingsGuard
+from vlbench.process_settings import SettingsGuard
+from vlbench.stop_signals import RestoreFunction
 
 MESSAGE_MARK = "vlbench:"
 """How a message of vlbench begins."""

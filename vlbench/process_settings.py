@@ -19,10 +19,9 @@ from contextlib import AbstractContextManager
 from typing import Any
 
 from vlbench.compat.torch_internals import sigchld_flag_restorer
+from vlbench.stop_signals import STOP_SIGNALS, RestoreFunction
 
-TERMINATION_SIGNALS = (signal.SIGTERM, signal.SIGHUP)  # of kill, Slurm; of a closed terminal
 ALLOCATOR_VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
-RestoreFunction = Callable[[], None]
 
 
 class SettingsGuard:
@@ -80,65 +79,6 @@ def prefer_expandable_segments() -> None:
     """
     if not any(name in os.environ for name in ALLOCATOR_VARIABLES):
         os.environ[ALLOCATOR_VARIABLES[0]] = "expandable_segments:True"
-
-
-class _TerminationRequest(SystemExit):
-    """A signal that ends the process, raised where it arrives."""
-
-
-def handle_stop_signals(handler: Callable[[int, Any], None]) -> RestoreFunction:
-    """Let a handler have Ctrl-C, SIGTERM and SIGHUP; return what puts the old ones back.
-
-    SIGHUP stays ignored where it is (nohup). Only the main thread may set handlers; in any other
-    one nothing is changed.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        return lambda: None
-    numbers = [signal.SIGINT, *TERMINATION_SIGNALS]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.remove(signal.SIGHUP)
-    before = {number: signal.signal(number, handler) for number in numbers}
-
-    def restore_handlers() -> None:
-        for number, old_handler in before.items():
-            # None: a handler that was not set from Python, which cannot be set again
-            signal.signal(number, signal.SIG_DFL if old_handler is None else old_handler)
-
-    return restore_handlers
-
-
-@contextlib.contextmanager
-def unwind_on_stop_signals() -> Iterator[None]:
-    """Let SIGTERM and SIGHUP leave `with` by an exception, so that half-written files are removed.
-
-    The process then ends by the signal all the same. A signal that is ignored (nohup) or has a
-    handler keeps it, and so do all in a thread: only the main one may set handlers.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    process_id = os.getpid()
-
-    def raise_request(number: int, _: object) -> None:
-        if os.getpid() == process_id:
-            raise _TerminationRequest(128 + number)
-        _end_by_signal(number)  # a process that was forked has nothing to remove
-
-    numbers = [n for n in TERMINATION_SIGNALS if signal.getsignal(n) == signal.SIG_DFL]
-    for number in numbers:
-        signal.signal(number, raise_request)
-    try:
-        yield
-    except _TerminationRequest as request:
-        _end_by_signal(int(str(request)) - 128)
-    finally:
-        for number in numbers:
-            signal.signal(number, signal.SIG_DFL)
-
-
-def _end_by_signal(number: int) -> None:
-    signal.signal(number, signal.SIG_DFL)
-    os.kill(os.getpid(), number)
 
 
 class _ThreadWarningFilter:
@@ -219,7 +159,7 @@ def _save_random_state() -> RestoreFunction:
 
 
 def _save_signal_handlers() -> RestoreFunction:
-    signals = (signal.SIGINT, *TERMINATION_SIGNALS, signal.SIGCHLD)
+    signals = (*STOP_SIGNALS, signal.SIGCHLD)
     handlers = {number: signal.getsignal(number) for number in signals}
     restore_flag = sigchld_flag_restorer()  # so that the host's data loaders set theirs again
 

@@ -22,7 +22,7 @@ from typing import Any
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.errors import UserError
-from vlbench.process_settings import handle_stop_signals
+from vlbench.stop_signals import handle_stop_signals
 
 LAUNCHER_PID_ENV = "VLBENCH_LAUNCHER"  # environment variable, set to our process id
 TORCHELASTIC_ENV = "TORCHELASTIC_RUN_ID"  # environment variable that torchrun sets

@@ -23,7 +23,7 @@ from vlbench.distributed.launcher import is_launcher_gone
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
-from vlbench.process_settings import handle_stop_signals
+from vlbench.stop_signals import handle_stop_signals
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_folder import RunFolder

@@ -17,8 +17,8 @@ from pathlib import Path
 import torch
 
 from vlbench.distributed.machine_limits import count_cpu_cores
-from vlbench.process_settings import handle_stop_signals
 from vlbench.regular_files import open_regular
+from vlbench.stop_signals import handle_stop_signals
 from vlbench.text_files import append_text, split_lines, write_atomically
 
 PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal sent when the parent process dies
