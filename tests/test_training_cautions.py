@@ -10,6 +10,7 @@ import pytest
 from test_report_command import run
 
 from vlbench.compare.report.analysis import analyze_runs
+from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.learning_trend import find_fall, row_fall
 from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
@@ -197,3 +198,16 @@ def test_a_row_that_still_improves_is_told(tmp_path):
     (other / "metrics.csv").write_text("\n".join(["stage,step,loss,held_out_loss,seconds", *lines]))
     said = cautions(first, other)
     assert "Still improving at the end" in said and "linear (its training loss fell by 28%" in said
+
+
+def test_all_rows_that_still_improve_are_in_one_sentence_with_those_of_other_budgets(tmp_path):
+    folders = pair(tmp_path)
+    lines = [f"chat,{step},{step**-0.8},,9.0" for step in range(25, 451, 25)]
+    for folder in folders:
+        (folder / "metrics.csv").write_text(
+            "\n".join(["stage,step,loss,held_out_loss,seconds", *lines])
+        )
+    arms = analyze_runs([load_finished_run(folder) for folder in folders]).arms
+    said = comparison_warnings(arms, [0], [], {}, compared=[[arm] for arm in arms])
+    [sentence] = [one for one in said if "Still improving" in one]
+    assert all(f"{name} (its training loss fell" in sentence for name in ("llava_mlp", "linear"))

@@ -12,7 +12,7 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
 )
-from vlbench.compare.report.training_budgets import training_warnings
+from vlbench.compare.report.training_budgets import still_improving_warning, training_warnings
 
 
 def comparison_warnings(
@@ -32,6 +32,7 @@ def comparison_warnings(
         _dropped_seeds_warning(arms, seeds),
         _budget_warning(compared),
         *_training_warnings(compared, seeds),
+        still_improving_warning(_with_seeds(arms, seeds)),
         _questions_warning(used, questions),
         _truths_warning(used, questions),
         _versions_warning(used),

@@ -42,13 +42,12 @@ TRUNCATION_KEYS = ("truncated_samples", "lost_supervised_tokens", "samples", "su
 
 
 def training_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:
-    """Yield a sentence for each way in which rows were not trained alike, or not to the end."""
+    """Yield a sentence for each way in which rows were not trained alike."""
     yield _budget_warning(rows)
     yield parts_warning({row.name: row.runs[0].recipe for row in rows})
     yield _truncation_warning(rows)
     yield _reduction_warning(rows)
     yield from _first_weights_warnings(rows)
-    yield _still_improving_warning(rows)
     yield _settings_warning(rows)
 
 
@@ -196,7 +195,8 @@ def _begins_at_random(row: ComparisonArm) -> bool:
     return not row.runs[0].recipe.get("init")
 
 
-def _still_improving_warning(rows: Sequence[ComparisonArm]) -> str:
+def still_improving_warning(rows: Sequence[ComparisonArm]) -> str:
+    """Return a sentence on the rows whose loss still fell as their training ended, "" for none."""
     told = []
     for row in rows:
         ran = stages_that_ran(row.runs[0].recipe)
