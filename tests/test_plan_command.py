@@ -363,6 +363,13 @@ def test_a_mistake_is_one_line(word, said, capsys):
     assert said in err and len(err.splitlines()) == 1 and not out
 
 
+def test_stages_without_a_step_are_no_part_of_the_plan(no_rehearsals, capsys):
+    assert main(["plan", "recipe=yivl_llava", "stages.chat.steps=0"]) == 0
+    assert "align_448" in (said := capsys.readouterr().out) and "chat" not in said
+    assert main(["plan", "recipe=yivl_llava", "only=chat", "stages.chat.epochs=0"]) == 2
+    assert "no stage to plan" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("row", ["{tflops: 1}", "{tflops: 0, memory: 1}", "{tflop: 1, memory: 1}"])
 def test_a_table_that_cannot_be_used_is_refused(row, tmp_path, capsys):
     table = tmp_path / "gpus.yaml"

@@ -388,3 +388,19 @@ def test_trouble_of_shards_by_url_is_named(served):
         WebDatasetShards(f"{url}/nowhere")
     with pytest.raises(UserError, match="Protocol not known: nonsense"):
         WebDatasetShards("nonsense://somewhere")
+
+
+def test_metadata_that_names_an_image_by_its_path_is_not_packed(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_scene("shards", 0, 0).open().save("cat.png")
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "A cat."}]
+    metadata = {"file_name": "cat.png", "meta": {"file": "all/cat.png"}, "split": "train"}
+    address = {"coco_url": "http://images.example/cat.png"}
+    record = {"id": "a", "image": "cat.png", "conversations": turns, **metadata, **address}
+    Path("data.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert main(["pack", "data=data.json", "out=shards"]) == 0
+    said = capsys.readouterr().out
+    assert "they name images by the paths that they had: file_name, meta" in said
+    [sample] = list(map(WebDatasetShards("shards").__getitem__, [0]))
+    assert sample.turns[-1].text == "A cat."
+    assert sample.unread_keys == ("split", "coco_url")

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from vlbench.errors import UserError
 from vlbench.file_lock import hold_lock
 
 
@@ -17,6 +18,14 @@ def first_free_path(form: str) -> Path:
     return next(path for path in paths if not path.exists())
 
 
+def check_new_folder(folder: Path) -> None:
+    """Refuse an `out=` that holds something, and the current folder: it would be replaced."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"out={folder} is there already and not empty; name a new folder")
+    if Path.cwd().is_relative_to(folder.resolve()):
+        raise UserError(f"out={folder} is the folder where this command runs; name a new one")
+
+
 @contextlib.contextmanager
 def write_new_folder(
     folder: Path, is_worth_keeping: Callable[[Path], bool] = lambda _: False
@@ -24,7 +33,7 @@ def write_new_folder(
     """Yield a folder beside `folder` that gets its name at the end of `with`.
 
     It is empty, unless one that was left half-written `is_worth_keeping`; others are removed. One
-    process at a time writes it. `folder` must not exist, or be empty.
+    process at a time writes it. `folder` is one that `check_new_folder` lets pass.
     """
     writing = folder.with_name(f".writing-{folder.name}")
     folder.parent.mkdir(parents=True, exist_ok=True)

@@ -35,6 +35,8 @@ class PackProgress:
         self.left_out_count = 0
         """Bad samples before it."""
         self.first_left_out: BadSample | None = None
+        self.dropped_keys: set[str] = set()
+        """Keys of the records packed now that shards do not have."""
         lines = _read_finished(folder)
         if lines and lines[0] == settings:
             for line in lines[1:]:

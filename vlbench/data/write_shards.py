@@ -16,11 +16,12 @@ from vlbench.data.conversation_record import record_from_sample
 from vlbench.data.image_processing import ImageFile, open_image_bytes
 from vlbench.data.pack_progress import LEFT_OUT_FILE, PackProgress, holds_finished_shards
 from vlbench.data.record_images import EmbeddedImage
+from vlbench.data.record_keys import find_unread_keys
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
 from vlbench.data.shards import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
-from vlbench.new_folder import write_new_folder
+from vlbench.new_folder import check_new_folder, write_new_folder
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import format_json, write_atomically
 
@@ -29,8 +30,7 @@ def run_pack(arguments: PackArguments) -> int:
     """Write the shards of a file, and print what was left out; return the exit code."""
     source = ConversationFiles(arguments.data, arguments.images, arguments.allow_outside)
     folder = Path(arguments.out)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out={folder} exists and is not empty; name a new folder")
+    check_new_folder(folder)
     try:
         progress = pack_dataset(source, folder, arguments.samples)
     except OSError as error:
@@ -40,6 +40,9 @@ def run_pack(arguments: PackArguments) -> int:
     if progress.left_out_count:
         left_out = f"{progress.left_out_count} left out ({folder / LEFT_OUT_FILE})"
         print(f"{left_out}, the first: {progress.first_left_out}")
+    if progress.dropped_keys:
+        keys = ", ".join(sorted(progress.dropped_keys))
+        print(f"not carried over, as they name images by the paths that they had: {keys}")
     return 0
 
 
@@ -62,7 +65,7 @@ def _write_all_shards(
     if shards:
         print(f"going on after {len(shards)} shards, at record {progress.next_index + 1}")
     bad_samples: list[BadSample] = []
-    members = _sample_members(source, progress.next_index, bad_samples)
+    members = _sample_members(source, progress, bad_samples)
     while True:
         tar = folder / f"{len(shards):06d}.tar"
         count, last_index = _write_tar(tar, members, samples_per_shard)
@@ -115,9 +118,10 @@ def _write_tar(
 
 
 def _sample_members(
-    source: ConversationFiles, start: int, bad_samples: list[BadSample]
+    source: ConversationFiles, progress: PackProgress, bad_samples: list[BadSample]
 ) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield each sample's record number and members: its record, and the bytes of its images."""
+    start = progress.next_index
     numbers = range(start, len(source))
     for index in tqdm(numbers, "pack", len(source), initial=start, unit="sample", disable=None):
         try:
@@ -137,7 +141,9 @@ def _sample_members(
             bad_samples.append(BadSample(sample.id, str(error)))
             continue
         unread = _unread_values(source, index, sample)
-        record = {**unread, **record_from_sample(sample, image_names)}
+        kept = {key: unread[key] for key in unread if _is_read_again(key, unread, image_names)}
+        progress.dropped_keys |= unread.keys() - kept
+        record = {**kept, **record_from_sample(sample, image_names)}
         members["json"] = format_json(record).encode()
         yield index, members
 
@@ -150,6 +156,18 @@ def _unread_values(source: ConversationFiles, index: int, sample: Sample) -> dic
     values = {key: original.get(key) for key in sample.unread_keys}
     unread: dict[str, Any] = json.loads(json.dumps(values, default=str))  # dates of Parquet files
     return unread
+
+
+def _is_read_again(key: str, unread: dict[str, Any], image_names: list[str]) -> bool:
+    """Tell whether a key is metadata in a shard, too, where images have other names.
+
+    A path of an image is metadata beside the image; beside `0.jpg` it is an image that is not read.
+    """
+    try:
+        find_unread_keys("", {key: unread[key]}, (), image_names)
+    except BadSample:
+        return False
+    return True
 
 
 def _image_extension(image: LazyImage) -> str:

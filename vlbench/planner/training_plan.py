@@ -88,11 +88,15 @@ def make_plan(options: PlanOptions) -> TrainingPlan:
             skipped.append(name)
             continue
         measured = measure_stage(options, index, name, stage)
+        if not measured.samples.steps:  # `fit` passes over it
+            continue
         stages[name] = measured.memory
         workloads[name] = stage_workload(name, stage, measured.memory.vlm, measured.samples)
         has_assumed_lengths |= measured.samples.are_assumed
     if not stages:
-        raise UserError("there is no stage to plan: plan counts stages that learn language")
+        raise UserError(
+            "there is no stage to plan: plan counts stages that learn language, of one step or more"
+        )
     memory_budget = usable_memory(options.gpu)
     row_tokens = {
         name: stage_row_tokens(options, name, stage.vlm, memory_budget)

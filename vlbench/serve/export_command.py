@@ -24,7 +24,7 @@ from vlbench.model.weights.export_hf_llava_next import write_hf_llava_next
 from vlbench.model.weights.export_yi_vl import write_yi_vl
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
-from vlbench.new_folder import write_new_folder
+from vlbench.new_folder import check_new_folder, write_new_folder
 from vlbench.serve.model_card import describe_training, render_model_card, training_command
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json
@@ -37,8 +37,7 @@ def run_export(arguments: ExportArguments) -> int:
     """Write a model to a new folder, in one of the formats, with a model card."""
     layout, to = arguments.format, Path(arguments.out)
     dtype = parse_dtype(arguments.dtype)
-    if to.exists() and (not to.is_dir() or any(to.iterdir())):
-        raise UserError(f"out={to} is there already; name a new folder")
+    check_new_folder(to)
     source = find_model_folder(arguments.model, "model")
     vlm = load_model_folder(
         source, None, template=arguments.template, trust_connector=arguments.trust_connector

@@ -122,10 +122,15 @@ def check_trained_parts(name: str, stage: StageConfig) -> None:
 
 
 def count_stage_steps(stage: StageConfig, sample_count: int) -> int:
-    """Return the optimizer steps of a stage: `steps`, or `epochs` over the samples rounded up."""
+    """Return the optimizer steps of a stage: `steps`, or `epochs` over the samples rounded up.
+
+    A share of an epoch has at least one sample; no epoch and no step is a stage that is not run.
+    """
     if stage.steps is not None:
         return stage.steps
-    return -(-round((stage.epochs or 1) * sample_count) // stage.global_batch_size)
+    epochs = stage.epochs or 0
+    trained = max(round(epochs * sample_count), epochs > 0)
+    return -(-trained // stage.global_batch_size)
 
 
 def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
