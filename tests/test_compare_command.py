@@ -44,6 +44,20 @@ def test_recipes_times_alternatives_times_seeds():
     assert grid.seeds == (3, 5)
 
 
+def test_rows_that_are_spelt_alike_in_names_of_folders_are_told_apart(tmp_path):
+    words = ["recipe=yivl_llava", "grid=data.val=模型.json | data.val=数据.json"]
+    names = [row.name for row in parse_grid(words).rows]
+    assert len({*names}) == 2 and names[1] == f"{names[0]}-2"
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        recipe = recipes.load_recipe(
+            ["recipe=yivl_llava", f"connector.depth={'ab'.index(folder) + 1}"]
+        )
+        recipes.save_recipe(recipe, tmp_path / folder / "my.yaml")
+    grid = parse_grid([f"recipe={tmp_path}/a/my.yaml,{tmp_path}/b/my.yaml"])
+    assert [row.name for row in grid.rows] == ["my", "my-2"]
+
+
 def test_a_grid_may_be_a_file(tmp_path):
     file = tmp_path / "grid.yaml"
     file.write_text(
@@ -73,6 +87,10 @@ def test_a_file_may_give_whole_mappings(tmp_path):
         (["recipe=yivl_lava"], "Did you mean 'yivl_llava'"),
         (["recipe=yivl_llava", "seeds=0"], "seeds is 0; allowed are 1 to 1000"),
         (["recipe=yivl_llava", "seeds=two"], "seeds is 'two'"),
+        (["recipe=yivl_llava", "seeds=[0,1"], "seeds is '[0,1'"),
+        (["recipe=yivl_llava", "seeds=[{a: 1, a: 2}]"], "seeds is '[{a: 1, a: 2}]'"),
+        (["recipe=yivl_llava", f"seeds=[{'9' * 5000}]"], "(5,002 characters)"),
+        (["recipe=yivl_llava", "tasks=own", "tasks.own.limit=5"], "log.questions=NUMBER"),
         (["recipe=yivl_llava", "seed=1"], "seed is not for compare"),
         (["recipe=yivl_llava", "init=x"], "init is not for compare"),
         (["recipe=yivl_llava", "grid=seed=1 | seed=2"], "seed is not for compare"),

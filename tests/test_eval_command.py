@@ -114,6 +114,18 @@ def test_a_question_that_cannot_be_asked_is_named(model, tmp_path):
     )
 
 
+def test_a_question_that_no_rule_scores_is_named(model, tmp_path):
+    data = tmp_path / "data"
+    shutil.copytree(GOLDENS / "cmmmu_tiny_github", data)
+    file = sorted(data.glob("cmmmu-data-val/*/*.jsonl"))[0]
+    first, *others = [json.loads(line) for line in file.read_text().splitlines()]
+    text = [json.dumps(one, ensure_ascii=False) for one in ({**first, "type": "论述"}, *others)]
+    file.write_text("\n".join(text) + "\n", encoding="utf-8")
+    assert take(model, tmp_path / "out", "cmmmu", str(data), "protocol=lmms") == 0
+    [line] = (tmp_path / "out/skipped.jsonl").read_text().splitlines()
+    assert "its type is '论述'; cmmmu has 选择, 判断, 填空" in json.loads(line)["reason"]
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [

@@ -247,6 +247,16 @@ def test_rows_and_seeds_that_were_not_asked_are_named(tmp_path):
     assert len(line.split("|")) == 8 and "|  |" in line  # avgpool has an empty cell
 
 
+def test_answers_may_lie_in_the_folder_of_all_answers_itself(tmp_path):
+    rows = make_runs(tmp_path, 1)
+    for runs in rows.values():
+        out = write_eval(runs[0], MMMU, answer_mmmu(0.5, runs[0].parent.name))
+        for file in list(out.iterdir()):  # as of `eval out=RUN/eval`
+            file.rename(runs[0] / "eval" / file.name)
+    (task,) = compare(rows).tasks
+    assert len(task.rows) == len(rows)
+
+
 def test_what_is_unfinished_withheld_torn_or_asked_before_is_said(tmp_path):
     rows = make_runs(tmp_path, 1)
     folder = rows["llava_mlp"][0]

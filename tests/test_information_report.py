@@ -189,3 +189,15 @@ def test_a_file_that_is_no_result_of_probes_is_one_line(changes, tmp_path, capsy
     said = capsys.readouterr().err
     assert "information.json: holds no information probes" in said
     assert len(said.splitlines()) == 1
+
+
+def test_why_no_run_could_be_probed_is_said(tmp_path, capsys):
+    reason = "0 questions are about rendered scenes, 100 needed"
+    folders = [run(tmp_path / name, 0.5, seed) for seed, name in enumerate("ab")]
+    for folder in folders:
+        add_probes(folder, lambda number: [1, 1, 1], left_out=reason)
+    said = f"llava_mlp has no information probes: {reason}."
+    page = render_html(of_folders(*folders))
+    assert said in page and "log.information_probes=true writes it" not in page
+    assert main(["report", *map(str, folders)]) == 0
+    assert said in capsys.readouterr().out

@@ -18,7 +18,8 @@ from vlbench.evaluate.heldout_questions import collect_questions, scene_question
 def run(folder: Path, chance: float, seed: int, *words: str) -> Path:
     """Make a finished run whose answers are right with `chance`."""
     folder.mkdir(parents=True)
-    recipe = recipes.load_recipe(["recipe=yivl_llava", f"seed={seed}", f"run={folder}", *words])
+    named = [] if any(word.startswith("recipe=") for word in words) else ["recipe=yivl_llava"]
+    recipe = recipes.load_recipe([*named, f"seed={seed}", f"run={folder}", *words])
     recipes.save_recipe(recipe, folder / "recipe.yaml")
     rng = random.Random(f"{seed} {words}")
     lines = []

@@ -8,12 +8,9 @@ from pathlib import Path
 import pytest
 from test_report_command import run
 
-from vlbench.compare.report.finished_runs import (
-    ComparisonArm,
-    differing_keys,
-    group_into_arms,
-    load_finished_run,
-)
+from vlbench.compare.report.analysis import analyze_runs
+from vlbench.compare.report.finished_runs import ComparisonArm, load_finished_run
+from vlbench.compare.report.row_groups import differing_keys, group_into_arms
 from vlbench.config import recipe as recipes
 from vlbench.data.data_checksums import checksum_sources
 from vlbench.data.data_sources import open_stage_sources
@@ -68,6 +65,49 @@ def test_only_and_from_that_choose_the_same_stages_are_one_row_and_named(tmp_pat
     )
     assert (whole.name, chat.name) == ("all stages", "only=chat") and chat.seeds == (0, 1)
     assert differing_keys([whole, chat]) == ["only"]
+
+
+QFORMER, BLIP2 = ["recipe=yivl_qformer"], ["recipe=yivl_blip2"]
+RATE = "stages.align_224.train.connector.lr"
+
+
+@pytest.mark.parametrize(
+    ("rows", "names"),
+    [
+        (
+            [QFORMER, BLIP2],
+            ["stages=align_224,align_448,chat", "stages=blip2,align_224,align_448,chat"],
+        ),
+        (
+            [[], QFORMER, BLIP2],
+            [
+                "llava_mlp stages=align_224,align_448,chat",
+                "qformer stages=align_224,align_448,chat",
+                "qformer stages=blip2,align_224,align_448,chat",
+            ],
+        ),
+        (
+            [[f"{RATE}=1e-3"], [f"{RATE}=2e-3"], ["only=chat"]],
+            ["all stages lr=0.001", "all stages lr=0.002", "only=chat"],
+        ),
+    ],
+)
+def test_rows_whose_stages_differ_have_names_of_their_own(rows, names, tmp_path):
+    folders = [run(tmp_path / f"{at}", 0.8, 0, *words) for at, words in enumerate(rows)]
+    arms = rows_of(*folders)
+    assert [arm.name for arm in arms] == names
+    assert differing_keys(arms)
+
+
+def test_a_seed_that_is_not_compared_may_have_been_asked_less(tmp_path):
+    folders = [
+        run(tmp_path / f"{at}", 0.8, seed, *words)
+        for at, (seed, words) in enumerate([(0, []), (1, []), (1, ["connector.depth=1"])])
+    ]
+    answers = (folders[0] / "answers.jsonl").read_text().splitlines()[:5]
+    (folders[0] / "answers.jsonl").write_text("\n".join(answers))
+    found = analyze_runs([load_finished_run(folder) for folder in folders])
+    assert found.seeds == [1] and len(found.question_ids) == 300
 
 
 def test_callbacks_may_change_weights(tmp_path):

@@ -14,7 +14,7 @@ from vlbench.command_line.arguments import BudgetName, EvalArguments
 from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT, CompareArguments
 from vlbench.command_line.overrides import flatten_keys, format_override, shorten_keys
 from vlbench.command_line.parser import split_arguments
-from vlbench.command_line.task_words import build_tasks, split_task_words
+from vlbench.command_line.task_words import OWN_TASK, build_tasks, split_task_words
 from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
 from vlbench.compare.experiment.sweep_factors import (
     LrFactors,
@@ -120,10 +120,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     factor_texts, others = take_part_words(words)
     task_words, others = split_task_words("tasks", others)
     arguments, common = split_arguments(CompareArguments, others, declared_keys(Recipe))
-    if task_words and arguments.tasks is None:
-        raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
-    if arguments.tasks is not None:
-        build_tasks("tasks", arguments.tasks, EvalArguments(model="RUN"), task_words)
+    _check_task_words(arguments.tasks, task_words)
     _refuse_reserved(common, RESERVED_KEYS)
     if arguments.match_limit and not arguments.match:
         raise UserError("match_limit= is of match=, which is not given")
@@ -218,14 +215,18 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
         if not 1 <= int(text[:9]) <= MAX_SEEDS or len(text) > 9:
             raise UserError(f"seeds is {text}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
         return tuple(range(int(text)))
-    values = parse_flow_yaml(text) if text.startswith("[") else None
-    are_integers = isinstance(values, list) and all(
-        INTEGER_PATTERN.fullmatch(str(value)) for value in values
-    )
-    if not values or not are_integers or len(values) > MAX_SEEDS:
+    try:
+        values = parse_flow_yaml(text) if text.startswith("[") else None
+        are_integers = isinstance(values, list) and all(
+            INTEGER_PATTERN.fullmatch(str(value)) for value in values
+        )
+        seeds = tuple(dict.fromkeys(map(int, values))) if are_integers else ()
+    except ValueError:  # a bracket that is not closed, a number of thousands of digits
+        seeds = ()
+    if not 0 < len(seeds) <= MAX_SEEDS:
         given = f"'{text}'" if len(text) < 100 else f"'{text[:40]}...' ({len(text):,} characters)"
         raise UserError(f"seeds is {given}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
-    return tuple(dict.fromkeys(int(value) for value in values))
+    return seeds
 
 
 def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:
@@ -283,6 +284,19 @@ def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:
         raise UserError(f"rows {other} and {name} are the same experiment: {difference}")
 
 
+def _check_task_words(tasks: str | None, task_words: Sequence[str]) -> None:
+    """Refuse keys of tasks that no run can be asked with."""
+    if task_words and tasks is None:
+        raise UserError(f"'{task_words[0]}' is for one of tasks=, which are not given")
+    if own := [word for word in task_words if word.startswith(f"tasks.{OWN_TASK}.")]:
+        raise UserError(
+            f"'{own[0]}' is for the runs' own questions, which fit asks; log.questions=NUMBER says "
+            "how many"
+        )
+    if tasks is not None:
+        build_tasks("tasks", tasks, EvalArguments(model="RUN"), task_words)
+
+
 def load_recipe(row: GridRow, seed: int) -> Recipe:
     """Return the recipe of a row with a seed."""
     return recipes.load_recipe(row.overrides_for_seed(seed))
@@ -293,7 +307,8 @@ def _make_row_names(
 ) -> dict[tuple[str, tuple[str, ...]], str]:
     """Return (recipe, alternative) -> a short name of the row, valid as the name of a folder.
 
-    It says in which overrides the alternatives differ; a number tells apart what is cut to one.
+    It says in which overrides the alternatives differ; a number tells apart what is cut, or spelt
+    in letters of folder names, alike.
     """
     common = set.intersection(*map(set, alternatives)) if len(alternatives) > 1 else set()
     keys = dict.fromkeys(word.partition("=")[0] for words in alternatives for word in words)
@@ -315,12 +330,12 @@ def _make_row_names(
 def _cut_names(
     names: dict[tuple[str, tuple[str, ...]], str],
 ) -> dict[tuple[str, tuple[str, ...]], str]:
-    """Return names of at most MAX_NAME_LENGTH characters; different ones stay different."""
+    """Return names of at most MAX_NAME_LENGTH characters; those of different rows are different."""
     cut: dict[tuple[str, tuple[str, ...]], str] = {}
-    whole_names: dict[str, str] = {}
+    rows_by_name: dict[str, tuple[str, tuple[str, ...]]] = {}
     for row, whole in names.items():
         name, number = whole[:MAX_NAME_LENGTH], 2
-        while whole_names.setdefault(name, whole) != whole:
+        while rows_by_name.setdefault(name, row) != row:
             name = f"{whole[: MAX_NAME_LENGTH - 4]}-{number}"
             number += 1
         cut[row] = name

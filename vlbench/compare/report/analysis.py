@@ -21,13 +21,11 @@ from vlbench.compare.report.finished_runs import (
     cluster_numbers,
     common_seeds_and_questions,
     correct_matrix,
-    differing_keys,
-    group_into_arms,
-    shown_values,
 )
 from vlbench.compare.report.paired_statistics import RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
 from vlbench.compare.report.question_kinds import QuestionGroup, group_questions
+from vlbench.compare.report.row_groups import differing_keys, group_into_arms, shown_values
 from vlbench.compare.report.row_pairs import (
     MAX_NAMED_ROWS,
     RowPair,
@@ -204,7 +202,8 @@ def analyze_runs(
     seeds, questions = common_seeds_and_questions(arms)
     by_arm = {arm.name: correct_matrix(arm, seeds, questions) for arm in arms}
     arm_order = sorted(arms, key=lambda arm: -by_arm[arm.name].mean())
-    clusters = cluster_numbers(arms[0].runs[0], questions)
+    compared = next(run for run in arms[0].runs if run.seed in seeds)
+    clusters = cluster_numbers(compared, questions)
     statistics = RowStatistics(np.stack([by_arm[arm.name] for arm in arm_order]), clusters)
     rows = [
         RowResult(

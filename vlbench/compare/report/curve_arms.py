@@ -6,12 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from vlbench.compare.report.curve_plan import CurvePlan, row_folder_name
-from vlbench.compare.report.finished_runs import (
-    ComparisonArm,
-    FinishedRun,
-    differing_keys,
-    group_into_arms,
-)
+from vlbench.compare.report.finished_runs import ComparisonArm, FinishedRun
+from vlbench.compare.report.row_groups import differing_keys, group_into_arms
 from vlbench.errors import UserError
 
 

@@ -49,8 +49,8 @@ def _read_folder(run_folder: Path, folder: Path) -> tuple[list[TaskAnswers], str
             return [], f"{folder}: the true answers are withheld, so nothing can be compared."
         return [], f"{folder}: not all questions are answered; the same eval goes on."
     paired = {key: str(settings[key]) for key in PAIRED_SETTINGS if settings.get(key)}
-    checkpoint = folder.relative_to(run_folder / EVAL_FOLDER).parts[0]
-    paired["checkpoint"] = checkpoint_role(run_folder, checkpoint)
+    inner = folder.relative_to(run_folder / EVAL_FOLDER).parts  # (): `eval out=RUN/eval`
+    paired["checkpoint"] = checkpoint_role(run_folder, inner[0]) if inner else LAST_CHECKPOINT
     lines = read_json_lines(folder / "scored.jsonl")
     task = str(settings.get("task"))
     try:

@@ -1,4 +1,4 @@
-"""Reading finished runs: recipes, answers and versions, grouped into arms of equal recipe."""
+"""Reading finished runs: recipes, answers and versions, and what several of them have in common."""
 
 from __future__ import annotations
 
@@ -6,16 +6,15 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from vlbench.command_line.overrides import flatten_keys, shorten_keys
+from vlbench.command_line.overrides import flatten_keys
 from vlbench.compare.report.question_clusters import CorrectMatrix, number_clusters
-from vlbench.compare.report.row_identity import STAGES_KEY, row_identity
+from vlbench.compare.report.row_identity import identity_with_source
 from vlbench.config import recipe as recipes
 from vlbench.connector.kept_source import KEPT_FOLDER
 from vlbench.connector.source_files import RECORD_FILE
@@ -28,7 +27,6 @@ from vlbench.train.run_results_file import read_results
 
 MAX_INITS = 10  # runs that begin with one another, each with the one before
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
-BUDGET_KEYS = ("steps", "epochs", "global_batch_size", "max_tokens_per_row", "warmup_ratio")
 MATCH_TOLERANCE = 0.05  # budgets match within this relative difference
 BUDGET_LABELS = {
     "parameters": "connector's parameters",
@@ -178,7 +176,7 @@ def _checksum_trained(folder: Path, followed_inits: int) -> str:
     recipe = load_flat_recipe(folder)
     checkpoint = folder.name if (folder / "position.json").is_file() else ""
     contents = _load_contents(folder, recipe, followed_inits)
-    identity = {**_identity(recipe, contents), "checkpoint": checkpoint}
+    identity = {**identity_with_source(recipe, contents), "checkpoint": checkpoint}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 
@@ -199,60 +197,6 @@ class ComparisonArm:
     def seeds(self) -> tuple[int, ...]:
         """The seeds of the runs."""
         return tuple(run.seed for run in self.runs)
-
-
-def group_into_arms(runs: Sequence[FinishedRun]) -> list[ComparisonArm]:
-    """Group runs into arms, named by the keys in which they differ; a repeated seed is an error."""
-    grouped: dict[str, list[FinishedRun]] = {}
-    for run in runs:
-        grouped.setdefault(json.dumps(_recipe_identity(run), sort_keys=True), []).append(run)
-    names = _arm_names([group[0] for group in grouped.values()])
-    arms = []
-    for name, group in zip(names, grouped.values(), strict=True):
-        group = sorted(group, key=lambda run: run.seed)
-        for run, following in pairwise(group):
-            if run.seed == following.seed:
-                raise UserError(
-                    f"{run.folder} and {following.folder} are the same recipe with the same seed "
-                    f"{run.seed}: name one of them"
-                )
-        arms.append(ComparisonArm(name, tuple(group)))
-    return arms
-
-
-def differing_keys(arms: Sequence[ComparisonArm]) -> list[str]:
-    """Return the keys in which arms differ, learning rates first."""
-    identities = [_recipe_identity(arm.runs[0]) for arm in arms]
-    differing = [
-        key
-        for key in _keys_of_all_stages(identities)
-        if len({json.dumps(identity.get(key)) for identity in identities}) > 1
-    ]
-    return sorted(differing, key=lambda key: not key.endswith(".lr"))
-
-
-def shown_values(runs: Sequence[FinishedRun], key: str) -> list[Any]:
-    """Return the values of a key as recipes have them, or else what tells them apart.
-
-    A recipe's text is not enough where the file that it names was another one.
-    """
-    values = [_recipe_identity(run).get(key) for run in runs]
-    if key == STAGES_KEY:
-        return ["all stages" if value is None else ",".join(value) for value in values]
-    typed = [run.recipe.get(key, value) for run, value in zip(runs, values, strict=True)]
-    pairs = [json.dumps(pair) for pair in zip(typed, values, strict=True)]
-    return typed if len({*map(json.dumps, typed)}) == len({*pairs}) else values
-
-
-def _keys_of_all_stages(identities: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the keys of rows, in order, without those of stages that some of them did not run.
-
-    That such a stage was left out says it all.
-    """
-    stages = [{key.split(".")[1] for key in one if key.startswith("stages.")} for one in identities]
-    common = set.intersection(*stages)
-    keys = dict.fromkeys(key for identity in identities for key in identity)
-    return [key for key in keys if not key.startswith("stages.") or key.split(".")[1] in common]
 
 
 def correct_matrix(
@@ -278,74 +222,3 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
         raise UserError("no question was asked of all rows, so nothing can be paired")
     first = next(run for run in arms[0].runs if run.seed in seeds)
     return sorted(seeds), [name for name in first.correct if name in questions]
-
-
-def _recipe_identity(run: FinishedRun) -> dict[str, Any]:
-    return _identity(run.recipe, run.contents)
-
-
-def _identity(recipe: Mapping[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
-    """Return what was trained, a connector that is not shipped told by its source."""
-    identity = row_identity(recipe, contents)
-    source = contents.get("connector.name")
-    return identity if source is None else {**identity, "connector source": source[:12]}
-
-
-def _arm_names(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return short unique names of recipes: the connector and as few other keys as possible."""
-    identities = [_recipe_identity(run) for run in runs]
-    if len(runs) == 1:
-        return [str(identities[0]["connector.name"])]
-
-    def count_distinct(keys: Sequence[str]) -> int:
-        return len({json.dumps([identity.get(key) for key in keys]) for identity in identities})
-
-    keys = _keys_of_all_stages(identities)
-    order = sorted(keys, key=lambda key: (_meaning_rank(key), -count_distinct([key])))
-    chosen: list[str] = []
-    for key in order:
-        if count_distinct([*chosen, key]) > count_distinct(chosen):
-            chosen.append(key)
-    short = shorten_keys(chosen)
-    columns = [
-        [
-            "" if _is_of_another_connector(key, identity) else _format_setting(short[key], value)
-            for identity, value in zip(identities, shown_values(runs, key), strict=True)
-        ]
-        for key in chosen
-    ]
-    return [" ".join(filter(None, words)) for words in zip(*columns, strict=True)]
-
-
-def _is_of_another_connector(key: str, identity: Mapping[str, Any]) -> bool:
-    """Return whether a key is an option that the connector of a row does not have."""
-    return key.startswith("connector.") and key not in identity
-
-
-def _meaning_rank(key: str) -> int:
-    """Return how much a key says of what a row is, 0 for the most.
-
-    A connector and its options, adapters, and the models say what is trained; how long, in which
-    batches and at which rates is named only where nothing else tells rows apart.
-    """
-    if key == "connector.name":
-        return 0
-    if key.startswith("connector."):
-        return 1
-    if key == STAGES_KEY:
-        return 2
-    if ".lora." in key:
-        return 3 if key.endswith(".rank") else 4
-    if key.startswith(("vision.", "language.", "size", "init")):
-        return 5
-    last = key.rsplit(".", 1)[-1]
-    return {"lr": 8, **dict.fromkeys(BUDGET_KEYS, 7)}.get(last, 6)
-
-
-def _format_setting(key: str, value: Any) -> str:
-    """Return `qformer` for a connector's name, `lora.rank=4` for any other key."""
-    if key == "connector.name":
-        return str(value)
-    if key == STAGES_KEY and value == "all stages":
-        return str(value)
-    return f"{key.removeprefix('connector.')}={'null' if value is None else value}"

@@ -162,12 +162,12 @@ def _left_out(findings: ComparisonResult, sections: dict[str, Any]) -> dict[str,
     diagnostics = sections["diagnostics"]["row_names"]
     if not diagnostics and not sections["training"]["gates"] and not sections["answers"]["drops"]:
         reasons["inside"] = "These runs have neither diagnostics.json nor answers without images."
-    return reasons | _without_probes(sections["information"]["tables"])
+    return reasons | _without_probes(**sections["information"])
 
 
-def _without_probes(tables: Sequence[InformationTable]) -> dict[str, str]:
+def _without_probes(tables: Sequence[InformationTable], notes: Sequence[str]) -> dict[str, str]:
     reason = "These runs have no information.json; log.information_probes=true writes it."
-    return {} if tables else {"information": reason}
+    return {} if tables else {"information": " ".join(notes) or reason}
 
 
 def _breakable(key: str) -> Markup:

@@ -14,7 +14,7 @@ from vlbench.compare.report.information_loss import (
     RowInformation,
     ShareEstimate,
 )
-from vlbench.compare.report.run_probes import PLACE_LABELS
+from vlbench.compare.report.run_probes import PLACE_LABELS, WITHOUT_PROBES
 
 
 class InformationTable(NamedTuple):
@@ -91,7 +91,10 @@ def _neighbours(information: InformationLoss) -> InformationTable:
 
 
 def information_notes(information: InformationLoss) -> Iterator[str]:
-    """Yield sentences on how the probes were made, and on rows that have none."""
+    """Yield sentences on how the probes were made, and on rows that have none.
+
+    Where no run was asked for probes there are none.
+    """
     if information.rows:
         pictures = information.rows[0].training_pictures
         counts = ", ".join(f"{count:,} for {name}" for name, count in pictures.items())
@@ -114,7 +117,8 @@ def information_notes(information: InformationLoss) -> Iterator[str]:
         )
     for row in information.rows:
         yield from _row_notes(row)
-    for name, reason in information.missing.items():
+    is_asked_for = information.rows or {*information.missing.values()} - {WITHOUT_PROBES}
+    for name, reason in information.missing.items() if is_asked_for else ():
         yield f"{name} has no information probes: {reason}."
 
 

@@ -9,11 +9,11 @@ from vlbench.text_tables import markdown_text
 
 
 def render_information(findings: ComparisonResult) -> list[str]:
-    """Return what the connectors lose; [] where no run has information probes."""
+    """Return what the connectors lose; [] where no run was asked for information probes."""
     information = find_information_loss(findings)
-    tables = information_tables(information)
-    lines = ["", "## What the connector loses", ""] if tables else []
-    for note in information_notes(information) if tables else ():
+    tables, notes = information_tables(information), list(information_notes(information))
+    lines = ["", "## What the connector loses", ""] if notes else []
+    for note in notes:
         lines += [markdown_text(note), ""]
     for table in tables:
         lines += [

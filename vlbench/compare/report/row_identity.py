@@ -40,6 +40,13 @@ def row_identity(recipe: Mapping[str, Any], contents: Mapping[str, str]) -> dict
     return {**identity, STAGES_KEY: run_stages if run_stages != stages else None}
 
 
+def identity_with_source(recipe: Mapping[str, Any], contents: Mapping[str, str]) -> dict[str, Any]:
+    """Return what was trained, a connector that is not shipped told by its source."""
+    identity = row_identity(recipe, contents)
+    source = contents.get("connector.name")
+    return identity if source is None else {**identity, "connector source": source[:12]}
+
+
 def stage_names(recipe: Mapping[str, Any]) -> list[str]:
     """Return the stages of a flattened recipe, in their order."""
     return list(dict.fromkeys(key.split(".")[1] for key in recipe if key.startswith("stages.")))

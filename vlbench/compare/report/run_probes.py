@@ -10,6 +10,8 @@ from vlbench.errors import UserError
 from vlbench.text_files import read_json
 from vlbench.train.run_results_file import INFORMATION_FILE
 
+WITHOUT_PROBES = f"no {INFORMATION_FILE}"
+"""Why a run has no probes that was not asked for them."""
 PLACE_LABELS = {
     "encoder": "in the encoder",
     "connector": "behind the connector",
@@ -38,7 +40,7 @@ def load_run_probes(run: FinishedRun) -> RunProbes | str:
     """Return the probes of a run, or why it has none."""
     file = run.folder / INFORMATION_FILE
     if not file.is_file():
-        return f"no {INFORMATION_FILE}"
+        return WITHOUT_PROBES
     content = read_json(file)
     try:
         if "left_out" in content:

@@ -31,7 +31,12 @@ from vlbench.evaluate.tasks.score_report import (
     summarize_scores,
     write_score_files,
 )
-from vlbench.evaluate.tasks.scoring_protocols import DEFAULT_SEED, score_items, scoring_protocol
+from vlbench.evaluate.tasks.scoring_protocols import (
+    DEFAULT_SEED,
+    score_items,
+    scoring_protocol,
+    unscorable_reason,
+)
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json, format_json_lines, write_atomically
 
@@ -116,7 +121,7 @@ class BenchmarkTask:
     ) -> tuple[list[BenchmarkQuestion], list[dict[str, str]]]:
         """Return the questions that are asked, and those that are not, with the reason.
 
-        The protocol skips it, an image cannot be read, or the text is too long.
+        The protocol skips it or cannot score it, an image cannot be read, or the text is too long.
         """
         questions: list[BenchmarkQuestion] = []
         skipped = []
@@ -126,11 +131,16 @@ class BenchmarkTask:
                 skipped.append({"id": record.id, "reason": prompt.reason})
                 continue
             question = BenchmarkQuestion(record, prompt)
-            if reason := _unfit_reason(vlm, question):
+            reason = self._unscorable_reason(question) or _unfit_reason(vlm, question)
+            if reason:
                 skipped.append({"id": record.id, "reason": reason})
             else:
                 questions.append(question)
         return questions, skipped
+
+    def _unscorable_reason(self, question: BenchmarkQuestion) -> str:
+        [item] = _items_from_lines([{**question.answer_line, "response": ""}])
+        return unscorable_reason(self.task, self.scoring_protocol_name, item)
 
     def generation_limits(
         self, vlm: LoadedVLM, questions: Sequence[BenchmarkQuestion]

@@ -166,9 +166,8 @@ class ConversationTask:
         self.question_count = len(self.all_questions)
         self.folder_name = f"{task}-{Path(arguments.data).stem}" if arguments.data else task
         texts = [
-            (one.sample.id, one.question.question_text, one.true_answers)
-            for one in self.all_questions
-        ]
+            (one.sample.id, one.question.question_text, one.true_answers) for one in questions
+        ]  # of all: the same data under another limit are asked a part of the same questions
         digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
         self.task_settings = {
             "task": task,

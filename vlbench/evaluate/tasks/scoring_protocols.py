@@ -161,6 +161,19 @@ def scoring_protocol(task: str, protocol_name: str) -> ScoringProtocol:
     return SCORING_PROTOCOLS[task][protocol_name]
 
 
+def unscorable_reason(task: str, protocol_name: str, item: AnsweredItem) -> str:
+    """Return why a protocol cannot score any answer to a question, "" if it can."""
+    protocol = scoring_protocol(task, protocol_name)
+    if item.type not in protocol.rules:
+        near = suggest_name(item.type, protocol.rules)
+        return f"its type is '{item.type}'; {task} has {', '.join(protocol.rules)}.{near}"
+    is_choice = item.type in (MMMU_CHOICE_TYPE, CMMMU_CHOICE_TYPE)
+    may_draw = is_choice and protocol.random_fallback
+    if may_draw and not protocol.rules[item.type].random_choices(item):
+        return "it has no options, of which an answer that cannot be parsed is drawn"
+    return ""
+
+
 def score_items(
     task: str, protocol_name: str, items: Iterable[AnsweredItem], seed: int = DEFAULT_SEED
 ) -> list[ScoredItem]:
