@@ -11,8 +11,7 @@ from test_run_jobs import finish
 from vlbench.__main__ import main
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment import lr_sweep
-from vlbench.compare.experiment.sweep_factors import SWEEP_SEED
-from vlbench.compare.report.sweep_summary import describe_sweep
+from vlbench.compare.report.sweep_summary import SWEEP_SEED, describe_sweep
 from vlbench.config import recipe as recipes
 from vlbench.data.shuffle import SourceTail
 from vlbench.evaluate.heldout_questions import MAX_OWN_QUESTIONS, final_questions
@@ -111,6 +110,24 @@ def sweep(home: Path, factors: str, *losses: str) -> list[str]:
         finish(lr_sweep.trial_folder(grid, grid.rows[0], trial), loss)
     lr_sweep.apply_best_lr(grid)
     return describe_sweep(home / "c")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        "stages.chat.train.connector={lr: 1e-3, weight_decay: 0.1}",
+        "stages.chat.train={connector: {lr: 1e-3, weight_decay: 0.1}} + log={questions: 50}",
+    ],
+)
+def test_a_row_may_give_whole_mappings_of_what_trials_change(words):
+    grid = grids.parse_grid(
+        ["recipe=yivl_llava", f"grid={words} | connector.depth=1", "sweep=0.3,1"]
+    )
+    trials = [lr_sweep.trial_overrides(row, {"connector": 0.3}) for row in grid.rows]
+    first, second = (recipes.load_recipe(list(trial)) for trial in trials)
+    connector = first.stages["chat"].train["connector"]
+    assert (connector.lr, connector.weight_decay) == (pytest.approx(3e-4), 0.1)
+    assert first.log.questions == second.log.questions == 1
 
 
 def test_a_choice_at_the_edge_is_told_with_a_wider_sweep(home):

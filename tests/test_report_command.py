@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 
 from vlbench.__main__ import main
+from vlbench.compare.report.sweep_summary import SWEEP_SEED
 from vlbench.config import recipe as recipes
 from vlbench.data.sample import ChatTurn, Sample
 from vlbench.evaluate.heldout_questions import collect_questions, scene_questions
@@ -147,3 +148,11 @@ def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
     assert main(["report", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
+
+
+def test_a_folder_may_have_the_name_of_that_of_trials(tmp_path, capsys):
+    for seed in (0, 1):
+        run(tmp_path / f"sweep/a/{seed}", 0.8, seed)
+    run(tmp_path / "sweep/trials/x3", 0.2, SWEEP_SEED, "stages.chat.train.connector.lr=1e-2")
+    assert main(["report", str(tmp_path)]) == 0
+    assert "Rows: 1; seeds: 0, 1" in capsys.readouterr().out

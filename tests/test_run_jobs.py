@@ -18,7 +18,7 @@ from vlbench.__main__ import main
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment import lr_sweep, run_jobs
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
-from vlbench.compare.experiment.sweep_factors import SWEEP_SEED
+from vlbench.compare.report.sweep_summary import SWEEP_SEED
 
 SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
 SAVES = """

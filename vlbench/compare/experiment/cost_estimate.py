@@ -19,8 +19,8 @@ from vlbench.compare.experiment.design_cautions import (
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
 from vlbench.compare.experiment.shared_stages import find_shared_stages
-from vlbench.compare.experiment.sweep_factors import SWEEP_SEED
 from vlbench.compare.experiment.task_jobs import PlannedTask
+from vlbench.compare.report.sweep_summary import SWEEP_SEED
 from vlbench.text_files import read_json, split_lines, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_bytes, format_duration, print_status

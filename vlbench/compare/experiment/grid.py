@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import get_args
@@ -58,9 +58,23 @@ class GridRow:
         return [*self.overrides, f"seed={seed}"]
 
     def with_overrides(self, values: Mapping[str, object]) -> GridRow:
-        """Return the row with some keys set to new values."""
-        kept = [word for word in self.overrides if word.split("=")[0] not in values]
+        """Return the row with some keys set to new values, which keep the others of a mapping."""
+        words = [part for word in self.overrides for part in _split_mapping(word, values)]
+        kept = [
+            word
+            for word in words
+            if not any(f"{word.split('=')[0]}.".startswith(f"{key}.") for key in values)
+        ]
         return GridRow(self.name, (*kept, *(f"{key}={value}" for key, value in values.items())))
+
+
+def _split_mapping(word: str, keys: Iterable[str]) -> list[str]:
+    """Return `a={b: 1, c: 2}` as `a.b=1` and `a.c=2` where one of `keys` is inside of it."""
+    key, _, text = word.partition("=")
+    if not text.startswith("{") or not any(one.startswith(f"{key}.") for one in keys):
+        return [word]
+    parts = [format_override(f"{key}.{name}", one) for name, one in parse_flow_yaml(text).items()]
+    return [inner for part in parts for inner in _split_mapping(part, keys)]
 
 
 @dataclass(frozen=True)

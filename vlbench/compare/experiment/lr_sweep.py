@@ -19,8 +19,13 @@ from pathlib import Path
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.run_jobs import TrainingJob
-from vlbench.compare.experiment.sweep_factors import DEFAULT_PART, SWEEP_SEED
-from vlbench.compare.report.sweep_summary import SWEEP_FILE, SWEEP_FOLDER, describe_factors
+from vlbench.compare.experiment.sweep_factors import DEFAULT_PART
+from vlbench.compare.report.sweep_summary import (
+    SWEEP_FILE,
+    SWEEP_FOLDER,
+    SWEEP_SEED,
+    describe_factors,
+)
 from vlbench.text_files import read_csv, write_atomically
 from vlbench.train.run_folder import RunFolder
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 
+from vlbench.compare.report.sweep_summary import SWEEP_SEED
 from vlbench.config.key_types import PART_NAMES
 from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageConfig, StageData
@@ -24,7 +25,6 @@ from vlbench.train.stage_plan import first_loss_sample
 
 LrFactors = Mapping[str, tuple[float, ...]]
 """Part of the model -> factors of its learning rate in every stage."""
-SWEEP_SEED = 4_000_000_000  # of all trials: far from the seeds that anybody counts up
 DEFAULT_PART = "connector"  # whose rate `sweep=` means
 KEY_PREFIX = "sweep."
 MAX_LR_FACTORS = 30  # of a part, and the most trials of a row

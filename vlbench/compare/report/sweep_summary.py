@@ -11,6 +11,7 @@ from vlbench.text_files import read_json
 
 SWEEP_FILE = "sweep.json"  # in the folder of a comparison: losses of the learning rates tried
 SWEEP_FOLDER = "sweep"  # where the runs that tried them are
+SWEEP_SEED = 4_000_000_000  # of all trials: far from the seeds that anybody counts up
 TIE_TOLERANCE = 0.01
 """Relative difference of two held-out losses of 64 samples that one seed cannot tell apart."""
 SEVERAL_PARTS = "learning rates"
