@@ -131,6 +131,15 @@ def test_runs_are_asked_once_and_the_report_has_it(comparison, monkeypatch, caps
     assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 2
 
 
+def test_runs_are_asked_again_with_blank_images(comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1
+    words = [*comparison, "tasks.vqa.limit=2", "tasks.vqa.blank=true"]
+    assert main(words) == 0 and len(titles) == 2
+    assert next(Path("c").rglob("blank.jsonl")).read_text().count("\n") == 2
+    assert main(words) == 0 and len(titles) == 2
+
+
 def test_tasks_that_cannot_be_asked_are_named_and_fail_the_command(comparison, monkeypatch, capsys):
     titles = ask_here(monkeypatch)
     assert main(comparison) == 0

@@ -16,7 +16,7 @@ from vlbench.command_line.task_words import OWN_TASK, build_tasks
 from vlbench.compare.experiment.grid import ComparisonGrid
 from vlbench.compare.experiment.run_jobs import TrainingJob, count_slots, train_jobs
 from vlbench.compare.report.task_answers import EVAL_FOLDER
-from vlbench.evaluate.batch_inference import REPORT_FILE, SETTINGS_FILE
+from vlbench.evaluate.batch_inference import BLANK_FILE, REPORT_FILE, SETTINGS_FILE
 from vlbench.evaluate.eval_command import open_task
 from vlbench.text_files import read_json
 from vlbench.train.run_folder import RunFolder
@@ -30,14 +30,26 @@ class PlannedTask:
     folder_name: str
     settings: dict[str, Any]
     question_count: int
+    blank: bool = False
+    """Whether the questions are asked with blank images as well."""
+    seed: int | None = None
+    """Of the draws for answers that cannot be parsed; None: the benchmark's own."""
 
     def is_asked(self, run_folder: Path) -> bool:
         """Return whether a run has answered all of it."""
         reports = (run_folder / EVAL_FOLDER).glob(f"*/{self.folder_name}/{REPORT_FILE}")
-        return any(self._is_same(read_json(file.with_name(SETTINGS_FILE))) for file in reports)
+        return any(self._is_same(file.parent) for file in reports)
 
-    def _is_same(self, stored: dict[str, Any]) -> bool:
-        return all(stored.get(key) == value for key, value in self.settings.items())
+    def _is_same(self, folder: Path) -> bool:
+        stored = read_json(folder / SETTINGS_FILE)
+        is_asked = all(stored.get(key) == value for key, value in self.settings.items())
+        has_blank = not self.blank or (folder / BLANK_FILE).is_file()
+        return is_asked and has_blank and (self.seed is None or self._is_drawn(folder))
+
+    def _is_drawn(self, folder: Path) -> bool:
+        """Tell whether draws were made with the seed; without draws there are no scores.json."""
+        scores = folder / "scores.json"
+        return not scores.is_file() or read_json(scores).get("seed", self.seed) == self.seed
 
 
 def plan_tasks(grid: ComparisonGrid) -> list[PlannedTask]:
@@ -45,9 +57,17 @@ def plan_tasks(grid: ComparisonGrid) -> list[PlannedTask]:
     if grid.tasks is None:
         return []
     asked = build_tasks("tasks", grid.tasks, EvalArguments(model="RUN"), grid.task_words)
-    opened = [open_task(arguments) for arguments in asked if arguments.task != OWN_TASK]
     return [
-        PlannedTask(task.folder_name, task.task_settings, task.question_count) for task in opened
+        PlannedTask(
+            task.folder_name,
+            task.task_settings,
+            task.question_count,
+            arguments.blank,
+            arguments.seed,
+        )
+        for arguments in asked
+        if arguments.task != OWN_TASK
+        for task in [open_task(arguments)]
     ]
 
 
