@@ -234,7 +234,7 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
         are_integers = isinstance(values, list) and all(
             INTEGER_PATTERN.fullmatch(str(value)) for value in values
         )
-        seeds = tuple(dict.fromkeys(map(int, values))) if are_integers else ()
+        seeds = tuple(dict.fromkeys(map(int, values or ()))) if are_integers else ()
     except ValueError:  # a bracket that is not closed, a number of thousands of digits
         seeds = ()
     if not 0 < len(seeds) <= MAX_SEEDS:
