@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
-from vlbench.data.chosen_samples import ChosenSamples
+from vlbench.data.chosen_samples import ChosenSamples, base_source
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.sample import SampleSource
 from vlbench.data.shuffle import SourceMixture
@@ -22,10 +22,11 @@ class QuarantineCallback(StageCallback):
 
     def __init__(self, run: RunFolder, on_bad_sample: str, data: SourceMixture) -> None:
         """Watch the data of a stage; `on_bad_sample` is auto, quarantine or stop."""
-        self.run, self.on_bad_sample, self.sample_count = run, on_bad_sample, len(data)
+        self.run, self.on_bad_sample = run, on_bad_sample
         self.sources_by_name = defaultdict[str, list[SampleSource]](list)
         for source in data.sources:
             self.sources_by_name[source.name].append(source)
+        self.sample_count = sum(map(_count_records, self.sources_by_name.values()))
         self.known_identities = set(_read_quarantine(run))
         self.bad_count = self._count_of_stage(self.known_identities)
         self.skipped_samples = self.learned_samples = self.start_step = 0
@@ -75,6 +76,14 @@ class QuarantineCallback(StageCallback):
             not name or any(_has_record(source, record) for source in self.sources_by_name[name])
             for name, record in identities
         )
+
+
+def _count_records(parts: Sequence[SampleSource]) -> int:
+    """Count the records of one source that a stage takes in parts, however often an epoch does.
+
+    Parts that overlap count as if they did not, up to all records of the source.
+    """
+    return min(len(base_source(parts[0])), sum(map(len, parts)))
 
 
 def _has_record(source: SampleSource, record: int | str) -> bool:
