@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from vlbench.data.chosen_samples import ChosenSamples, base_source
 from vlbench.data.optimizer_step import OptimizerStep
@@ -11,7 +11,12 @@ from vlbench.data.sample import SampleSource
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
-from vlbench.text_files import append_json_lines, read_json_lines
+from vlbench.text_files import (
+    append_json_lines,
+    format_json_lines,
+    read_json_lines,
+    write_atomically,
+)
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.training_module import VLMTrainingModule
@@ -118,6 +123,14 @@ def quarantine_samples(run: RunFolder, bad_samples: list[BadSample]) -> None:
     """Record samples that were found bad before training began."""
     known = set(_read_quarantine(run)) if bad_samples else set()
     _append_quarantine(run, [bad for bad in bad_samples if bad.record_identity not in known])
+
+
+def forget_sources(run: RunFolder, names: Collection[str]) -> None:
+    """Take bad samples of sources off the record: they hold other data now."""
+    lines = read_json_lines(run.quarantine_file) if names else []
+    kept = [line for line in lines if line.get("source") not in names]
+    if len(kept) < len(lines):
+        write_atomically(run.quarantine_file, format_json_lines(kept))
 
 
 def _append_quarantine(run: RunFolder, bad_samples: list[BadSample]) -> None:
