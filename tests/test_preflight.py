@@ -395,6 +395,31 @@ def test_bad_samples_that_a_part_leaves_out_do_not_count_here(folder):
         watcher.record_bad_samples([BadSample("same", "y").with_origin("here", 900)])
 
 
+@pytest.mark.parametrize(
+    ("weights", "allowed"),
+    [((0.1,), 10), ((1,), 10), ((2,), 10), ((1, 0.5), 10)],  # of 1,000 records, each once
+)
+def test_bad_samples_are_a_share_of_the_records_whatever_an_epoch_takes(folder, weights, allowed):
+    source: Any = World("here", 1000)
+    parts = [take_part(source, MixtureSource(train="here", weight=one), 0) for one in weights]
+    bad = [BadSample("x", "y").with_origin("here", n) for n in range(1, allowed + 2)]
+    quarantine_samples(RunFolder(folder), bad[:allowed])  # as before training, of all records
+    watcher = QuarantineCallback(RunFolder(folder), "auto", SourceMixture(parts, 0))
+    watcher.record_bad_samples(bad[:1])
+    with pytest.raises(UserError, match=f"and {allowed} more of 1000 samples"):
+        watcher.record_bad_samples(bad[-1:])
+
+
+def test_good_samples_are_left_while_a_record_is_good(folder):
+    source: Any = World("here", 100)
+    part = take_part(source, MixtureSource(train="here", weight=0.1), 0)
+    watcher = QuarantineCallback(RunFolder(folder), "quarantine", SourceMixture([part], 0))
+    bad = [BadSample("x", "y").with_origin("here", n) for n in range(1, 101)]
+    watcher.record_bad_samples(bad[:99])
+    with pytest.raises(UserError, match="No good sample is left"):
+        watcher.record_bad_samples(bad[99:])
+
+
 def test_bad_samples_of_other_stages_do_not_count_here(folder):
     quarantine_samples(
         RunFolder(folder), [BadSample("x", "y").with_origin("elsewhere", n) for n in range(1, 6)]

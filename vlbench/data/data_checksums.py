@@ -19,6 +19,9 @@ from vlbench.regular_files import open_regular
 from vlbench.text_files import read_json
 
 CHECKSUMS_KEY = "data"  # of versions.json: path of data -> checksum
+STAMPS_KEY = "data_stamps"  # of versions.json: path of data -> size and time of each file
+STEPS_KEY = "stage_steps"  # of versions.json: stage -> optimizer steps, which data may decide
+DATA_KEYS = (CHECKSUMS_KEY, STAMPS_KEY, STEPS_KEY)
 
 
 def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:
@@ -31,6 +34,18 @@ def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:
         source.name: _checksum_source(source)
         for source in map(base_source, sources)
         if isinstance(source, ConversationFiles | WebDatasetShards)
+    }
+
+
+def stamp_sources(sources: Iterable[SampleSource]) -> dict[str, list[list[int]]]:
+    """Return path -> size and modification time (ns) of the files that a source is read from.
+
+    While they are the same, so is its checksum. Shards are left out: theirs costs nothing.
+    """
+    return {
+        source.name: [list(stamp) for stamp in source.records.stamps]
+        for source in map(base_source, sources)
+        if isinstance(source, ConversationFiles)
     }
 
 

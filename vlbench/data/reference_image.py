@@ -6,7 +6,7 @@ data are for one of REFERENCE_SIZE, and say so.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image
 
@@ -55,9 +55,12 @@ def largest_image(layout: ViewLayout) -> tuple[int, int]:
 def tile_reference(layout: ViewLayout) -> TiledSample:
     """Return the views of the reference image, and where their tokens stand.
 
+    `max_views` does not count: a model for smaller images alone has a cost all the same.
+
     Raises:
-        UserError: the recipe allows fewer views or visual tokens than it has.
+        UserError: the recipe allows fewer visual tokens than it has in one view.
     """
+    layout = replace(layout, settings=replace(layout.settings, max_views=None))
     try:
         return layout.tile_sample(Sample("reference", (), (ReferenceImage(),)))
     except BadSample as bad:

@@ -69,7 +69,8 @@ def answer_questions(
 ) -> list[str]:
     """Return the greedy answer to every question, [] if `should_stop` became true before the end.
 
-    Questions of similar length share a batch.
+    Questions of similar length share a batch. A UserError where one cannot be encoded
+    (`split_askable` leaves those out).
     """
     max_new_tokens = max_answer_tokens(vlm, [question.answer for question in questions])
     prompt_lengths = [len(vlm.processor.encode_prompt(question.sample)) for question in questions]

@@ -19,6 +19,7 @@ from vlbench.config.stage_schema import StageData
 from vlbench.data.data_sources import open_stage_mixture
 from vlbench.data.picture_labels import LabelledPicture
 from vlbench.data.sample import Sample
+from vlbench.evaluate.askable_questions import split_askable
 from vlbench.evaluate.heldout_questions import EvalQuestion
 from vlbench.evaluate.kind_probes import MIN_TRAINING_PICTURES, KindReadings, probe_kind
 from vlbench.evaluate.neighbour_overlap import NEIGHBOUR_COUNT
@@ -55,8 +56,10 @@ def probe_information(
 ) -> dict[str, Any]:
     """Return which place has the information for which question.
 
-    `stage_data` are of the last stage, on whose samples probes are fitted.
-    `questions` have for each place, in the order of `places`, 1 where its probes read the
+    `stage_data` are of the last stage, on whose samples probes are fitted. The model can be asked
+    all `questions` (`split_askable`).
+
+    Its `questions` have for each place, in the order of `places`, 1 where its probes read the
     evidence right, and the same for control probes; 1 as `unsure` where the connector's tokens have
     no places, and probes like theirs do not read it from the encoder either. `not_probed` has the
     ids of further questions by the reason. By family, `labels` have the share of held-out pictures
@@ -81,7 +84,8 @@ def probe_information(
     fitted_on = training_questions(stage_data, names, wanted)
     readings: list[KindReadings] = []
     for kind, some in asked.items():
-        found = _probe_features(vlm, fitted_on[kind], some, should_stop)
+        encodable, _ = split_askable(vlm.processor, fitted_on[kind])
+        found = _probe_features(vlm, encodable, some, should_stop)
         if found is None:
             return {}
         if isinstance(found, str):

@@ -11,17 +11,19 @@ from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.shuffle import pick_fixed_subset
+from vlbench.evaluate.askable_questions import (
+    choose_questions,
+    set_name,
+    split_askable,
+    tell_skipped,
+    write_skipped,
+)
 from vlbench.evaluate.attention_diagnostics import diagnose_answers
 from vlbench.evaluate.batch_inference import answer_questions
 from vlbench.evaluate.budget_card import build_budget_card
 from vlbench.evaluate.example_grid import AnsweredExample, draw_examples
 from vlbench.evaluate.family_scores import score_families
-from vlbench.evaluate.heldout_questions import (
-    EvalQuestion,
-    blank_images,
-    final_questions,
-    shuffle_images,
-)
+from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.evaluate.information_probes import probe_information
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json, format_json_lines, read_csv, write_atomically
@@ -41,19 +43,18 @@ def write_results(
 ) -> bool:
     """Ask the questions of a run, and write answers, examples, results and diagnostics.
 
-    Returns False, with no results written, if `should_stop` became true before the last answer.
-    `elapsed_seconds` returns how long the run has taken; `spent_by_stage` are steps and epochs.
+    Questions that the model cannot be asked are left out, told and listed. Returns False, with no
+    results written, if `should_stop` became true before the last answer. `elapsed_seconds` returns
+    how long the run has taken; `spent_by_stage` are steps and epochs.
     """
-    asked_of, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
-    question_sets = {
-        "accuracy": questions,
-        "unseen_accuracy": unseen,
-        "blank_accuracy": blank_images(questions, vlm.processor.transform.mean),
-        "shuffled_accuracy": shuffle_images(questions),
-    }
+    asked_of, *wanted = final_questions(recipe.last_stage_data, recipe.log.questions)
+    question_sets, skipped = choose_questions(vlm.processor, *wanted)
+    questions = question_sets["accuracy"]
+    tell_skipped(question_sets, skipped)
+    write_skipped(run.folder, skipped)
     answers: dict[str, list[str]] = {}
     for name, asked in question_sets.items():
-        answers[name] = answer_questions(vlm, asked, name.removesuffix("_accuracy"), should_stop)
+        answers[name] = answer_questions(vlm, asked, set_name(name), should_stop)
         if should_stop():
             return False
     _write_answers(run.folder / "answers.jsonl", question_sets, answers)
@@ -66,7 +67,8 @@ def write_results(
         **_accuracies(question_sets, answers),
         "families": score_families(questions, answers["accuracy"], answers["blank_accuracy"]),
         "questions": len(questions),
-        "unseen_questions": len(unseen),
+        "unseen_questions": len(question_sets["unseen_accuracy"]),
+        "skipped_questions": len(skipped["accuracy"]),
         "asked_of": asked_of,
         "seconds": round(elapsed_seconds(), 1),
         "peak_memory_bytes": peak_memory(),
@@ -100,7 +102,8 @@ def write_information(
 
     Returns False, with nothing written, if `should_stop` became true before the end.
     """
-    _, questions, _ = final_questions(recipe.last_stage_data, recipe.log.questions)
+    _, wanted, _ = final_questions(recipe.last_stage_data, recipe.log.questions)
+    questions, _ = split_askable(vlm.processor, wanted)
     return _write_probes(recipe, run, vlm, questions, should_stop)
 
 
@@ -176,7 +179,7 @@ def _write_answers(
 ) -> None:
     lines = (
         {
-            "set": name.removesuffix("_accuracy"),
+            "set": set_name(name),
             "id": question.sample.id,
             "type": question.type,
             "family": question.family,

@@ -28,6 +28,7 @@ from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
 from vlbench.train.resume import build_from_init, load_checkpoint
+from vlbench.train.run_data import keep_data
 from vlbench.train.run_folder import RunFolder, open_run
 from vlbench.train.shape_checks import check_init_weights, check_stage_shapes
 from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, held_out_batches
@@ -41,7 +42,8 @@ def check_and_open_run(
 ) -> RunFolder:
     """Check data and shapes unless that was done before, and return the opened run folder.
 
-    Its lock is held by `held_locks`, of a run that is there before anything is checked.
+    A run that goes on has the data that it has trained on (`keep_data`). Its lock is held
+    by `held_locks`, of a run that is there before anything is checked.
     """
     for stage_run in stage_runs:
         if stage_run.stage.global_batch_size < collectives.world_size():
@@ -53,15 +55,16 @@ def check_and_open_run(
     run = None
     if recipe.run and RunFolder(Path(recipe.run)).recipe_file.is_file():
         run = open_run(recipe, held_locks)
+        keep_data(run, stage_runs)
     bad_samples: list[BadSample] = []
     if not (recipe.run and RunFolder(Path(recipe.run)).is_finished):
         bad_samples = check_data(stage_runs)  # before there is a folder
     if not (recipe.run and RunFolder(Path(recipe.run)).latest_position):
         check_stage_shapes(recipe.model, stage_runs)
         check_init_weights(recipe.model, stage_runs[0].stage)
-    run = run or open_run(recipe, held_locks)  # a new one: after the checks
-    if not run.is_finished:
-        run.record_data(source for one in stage_runs for source in one.all_sources)
+    if run is None:  # a new one: after the checks
+        run = open_run(recipe, held_locks)
+        keep_data(run, stage_runs)
     quarantine_samples(run, bad_samples)
     return run
 

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable, Sequence
 
-from vlbench.data.chosen_samples import ChosenSamples
+from vlbench.data.chosen_samples import ChosenSamples, base_source
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.data.sample import SampleSource
 from vlbench.data.shuffle import SourceMixture
 from vlbench.distributed import collectives
 from vlbench.errors import BadSample, UserError
-from vlbench.text_files import append_json_lines, read_json_lines
+from vlbench.text_files import (
+    append_json_lines,
+    format_json_lines,
+    read_json_lines,
+    write_atomically,
+)
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.training_module import VLMTrainingModule
@@ -22,10 +27,11 @@ class QuarantineCallback(StageCallback):
 
     def __init__(self, run: RunFolder, on_bad_sample: str, data: SourceMixture) -> None:
         """Watch the data of a stage; `on_bad_sample` is auto, quarantine or stop."""
-        self.run, self.on_bad_sample, self.sample_count = run, on_bad_sample, len(data)
+        self.run, self.on_bad_sample = run, on_bad_sample
         self.sources_by_name = defaultdict[str, list[SampleSource]](list)
         for source in data.sources:
             self.sources_by_name[source.name].append(source)
+        self.sample_count = sum(map(_count_records, self.sources_by_name.values()))
         self.known_identities = set(_read_quarantine(run))
         self.bad_count = self._count_of_stage(self.known_identities)
         self.skipped_samples = self.learned_samples = self.start_step = 0
@@ -77,6 +83,14 @@ class QuarantineCallback(StageCallback):
         )
 
 
+def _count_records(parts: Sequence[SampleSource]) -> int:
+    """Count the records of one source that a stage takes in parts, however often an epoch does.
+
+    Parts that overlap count as if they did not, up to all records of the source.
+    """
+    return min(len(base_source(parts[0])), sum(map(len, parts)))
+
+
 def _has_record(source: SampleSource, record: int | str) -> bool:
     if isinstance(source, ChosenSamples) and isinstance(record, int):
         return source.has_record(record)
@@ -109,6 +123,14 @@ def quarantine_samples(run: RunFolder, bad_samples: list[BadSample]) -> None:
     """Record samples that were found bad before training began."""
     known = set(_read_quarantine(run)) if bad_samples else set()
     _append_quarantine(run, [bad for bad in bad_samples if bad.record_identity not in known])
+
+
+def forget_sources(run: RunFolder, names: Collection[str]) -> None:
+    """Take bad samples of sources off the record: they hold other data now."""
+    lines = read_json_lines(run.quarantine_file) if names else []
+    kept = [line for line in lines if line.get("source") not in names]
+    if len(kept) < len(lines):
+        write_atomically(run.quarantine_file, format_json_lines(kept))
 
 
 def _append_quarantine(run: RunFolder, bad_samples: list[BadSample]) -> None:

@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 import subprocess
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +17,6 @@ from vlbench.command_line.overrides import flatten_keys
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.connector import kept_source
-from vlbench.data.data_checksums import CHECKSUMS_KEY, checksum_sources
-from vlbench.data.sample import SampleSource
 from vlbench.errors import UserError
 from vlbench.file_lock import hold_folder
 from vlbench.model.weights.weight_origin import (
@@ -117,28 +115,25 @@ class RunFolder:
         for part, origin in origins.items():
             check_same_origin(part, recorded.get(part), origin, str(self.folder))
         if not recorded:
-            self._record_version("weights", origins_to_json(origins))
-
-    def record_data(self, sources: Iterable[SampleSource]) -> None:
-        """Record checksums of the data that a new run begins with."""
-        if CHECKSUMS_KEY not in self._read_versions():
-            self._record_version(CHECKSUMS_KEY, checksum_sources(sources))
+            self.record_versions({"weights": origins_to_json(origins)})
 
     def keep_row_tokens(self, stage_name: str, chosen_tokens: int) -> int:
         """Return the tokens of a packed row that a stage began with; those chosen, if it begins."""
-        recorded: dict[str, int] = self._read_versions().get("max_tokens_per_row", {})
+        recorded: dict[str, int] = self.read_versions().get("max_tokens_per_row", {})
         if stage_name not in recorded:
             recorded = {**recorded, stage_name: chosen_tokens}
-            self._record_version("max_tokens_per_row", recorded)
+            self.record_versions({"max_tokens_per_row": recorded})
         return recorded[stage_name]
 
-    def _read_versions(self) -> dict[str, Any]:
+    def read_versions(self) -> dict[str, Any]:
+        """Return the content of versions.json, {} where there is none."""
         return read_json(self.versions_file) if self.versions_file.is_file() else {}
 
-    def _record_version(self, key: str, value: object) -> None:
-        """Set a key of versions.json; the others stay."""
-        text = json.dumps({**self._read_versions(), key: value}, indent=1)
-        write_atomically(self.versions_file, text)
+    def record_versions(self, values: Mapping[str, object]) -> None:
+        """Set keys of versions.json; the others stay."""
+        versions = self.read_versions()
+        if {**versions, **values} != versions:
+            write_atomically(self.versions_file, json.dumps({**versions, **values}, indent=1))
 
 
 def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:

@@ -197,7 +197,9 @@ def show_interrupted(run: RunFolder, stop_reason: str) -> int:
 def show_results(run: RunFolder) -> int:
     """Print the results of a finished run and what to try next; return the exit code."""
     results = read_results(run.results_file)
-    asked = f"{results.get('questions')} questions, {results.get('asked_of')}"
+    skipped = results.get("skipped_questions")
+    left_out = f" ({skipped} more cannot be asked)" if skipped else ""
+    asked = f"{results.get('questions')} questions{left_out}, {results.get('asked_of')}"
     print(f"\nresults of {run.folder} ({asked})")
     rows = (
         ("accuracy", "exact match"),

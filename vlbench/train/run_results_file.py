@@ -55,6 +55,7 @@ class RunResults(FileRecord):
     accuracy_by_type: dict[str, Share] = {}
     accuracy_by_language: dict[str, Share] = {}
     questions: Annotated[int, Field(ge=0)] = 0
+    skipped_questions: Annotated[int, Field(ge=0)] = 0
     asked_of: str = ""
     seconds: Amount | None = None
     peak_memory_bytes: Amount | None = None

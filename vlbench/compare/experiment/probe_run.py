@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from vlbench.config import recipe as recipes
 from vlbench.errors import EnvironmentFailure, UserError
+from vlbench.evaluate.askable_questions import split_askable
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
 from vlbench.evaluate.budget_card import unused_objectives
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
@@ -36,7 +37,8 @@ def run_probe(overrides: list[str]) -> int:
         stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
         stages = list(measure_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs))
         vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
-        _, questions, unseen = final_questions(recipe.last_stage_data, recipe.log.questions)
+        _, *wanted = final_questions(recipe.last_stage_data, recipe.log.questions)
+        questions, unseen = (split_askable(vlm.processor, some)[0] for some in wanted)
         each = time_question(vlm.to(root_device(recipe.trainer)), questions)
         count = 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
         seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count

@@ -12,6 +12,7 @@ from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.report.row_identity import STAGES_KEY, row_identity, stages_that_ran
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
+from vlbench.data.data_checksums import DATA_KEYS
 from vlbench.file_lock import LOCK_FILE, is_held_here
 from vlbench.train.run_folder import RunFolder, open_run
 
@@ -72,5 +73,7 @@ def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
                 shutil.copytree(checkpoint, writing)
                 recipes.save_recipe(recipe, writing / "recipe.yaml")
                 writing.rename(run.checkpoints_folder / checkpoint.name)
+        recorded = source.read_versions()  # of the data that the shared stages trained on
+        run.record_versions({key: recorded[key] for key in DATA_KEYS if key in recorded})
         shutil.copy(source.folder / "metrics.csv", run.folder / "metrics.csv")
     return f"{', '.join(stages)} as in {other.name}"

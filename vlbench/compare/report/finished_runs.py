@@ -18,7 +18,7 @@ from vlbench.compare.report.row_identity import identity_with_source
 from vlbench.config import recipe as recipes
 from vlbench.connector.kept_source import KEPT_FOLDER
 from vlbench.connector.source_files import RECORD_FILE
-from vlbench.data.data_checksums import data_checksums
+from vlbench.data.data_checksums import DATA_KEYS, data_checksums
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES
 from vlbench.strict_values import FileRecord, check_record
@@ -144,7 +144,7 @@ def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
     file = folder / "versions.json"
     versions = read_json(file) if file.is_file() else {}
     weights = versions.pop("weights", None)
-    for key in ("data", "max_tokens_per_row"):
+    for key in (*DATA_KEYS, "max_tokens_per_row"):
         versions.pop(key, None)
     for part in ("vision", "second_vision", "language"):
         if isinstance(weights, dict) and isinstance(weights.get(part), dict):

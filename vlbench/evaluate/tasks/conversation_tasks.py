@@ -180,8 +180,8 @@ class ConversationTask:
     ) -> tuple[list[ConversationQuestion], list[dict[str, str]]]:
         """Return what can be asked, sorted by length against padding, and what cannot.
 
-        The latter are records without an image, bad samples, and texts that are too long for the
-        language model.
+        The latter are records without an image, bad samples, and questions that the processor
+        cannot encode, such as texts that are too long for the language model.
         """
         prompt_lengths: dict[int, int] = {}
         skipped = [
@@ -230,9 +230,9 @@ class ConversationTask:
 
     def _describe_skipped(self, skipped_count: int) -> list[str]:
         """Return how many records and questions were not asked, and the first of each kind."""
-        too_long = skipped_count - len(self.left_out_records)
+        unfit = skipped_count - len(self.left_out_records)
         parts = [describe_left_out(self.left_out_records)] if self.left_out_records else []
-        parts += [f"{too_long} questions that are too long"] if too_long else []
+        parts += [f"{unfit} questions that the model cannot be asked"] if unfit else []
         return [f"not asked: {'; '.join(parts)} (skipped.jsonl)"] if parts else []
 
 
