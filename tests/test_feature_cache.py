@@ -12,14 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from two_process_commands import QUIET, TWO, FitCommand, read_losses, run_in_two_processes
 
 from vlbench.__main__ import main
+from vlbench.config.schema import TrainerConfig
 from vlbench.data import feature_store
 from vlbench.data.feature_store import FeatureShards, FeatureStore, content_key, view_keys
 from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
 from vlbench.data.scene_world import make_scene
-from vlbench.train import checkpoint_files, feature_cache
+from vlbench.train import checkpoint_files, feature_cache, stage_runner
 from vlbench.train.callbacks import GracefulStop
 
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
@@ -281,3 +283,40 @@ def test_a_run_of_tiled_images_is_the_same_bit_for_bit(connector, rule, tmp_path
     assert all(plain[name].equal(cached[name]) for name in plain)
     kept = load_file(shards(tmp_path / "cache")[0])["features"]
     assert len(kept) > 9 and f"features of {len(kept)} views of images" in capsys.readouterr().err
+
+
+def test_sharded_stages_do_without_and_say_so(tmp_path, monkeypatch, capsys):
+    """A process with features would not gather the encoder's blocks that another one runs."""
+    trainer = TrainerConfig(strategy="fsdp2", devices=2, feature_cache=str(tmp_path / "cache"))
+    runner = stage_runner.StageRunner(
+        trainer_config=trainer, precision="32", activation_checkpointing="none", seed=0
+    )
+    monkeypatch.setattr(stage_runner, "is_fsdp_sharded", lambda _: True)
+    steps = SimpleNamespace(feature_store=None)
+    runner.cache_features(SimpleNamespace(), steps, 0, lambda: False)
+    assert steps.feature_store is None and not (tmp_path / "cache").exists()
+    assert "trainer.feature_cache is not used: with fsdp2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_with_a_cache_have_the_losses_of_those_without(strategy, tmp_path):
+    """One of the two has text alone in every step, the other one an image."""
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is red."}]
+    records = [{"id": str(number), "conversations": turns} for number in range(12)]
+    for record in records[::2]:
+        make_scene("processes", 0, int(record["id"])).open().save(tmp_path / f"{record['id']}.png")
+        record["image"] = f"{record['id']}.png"
+        record["conversations"] = [{"from": "human", "value": "<image>\nWhat is it?"}, turns[1]]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["recipe=yivl_llava", "only=chat", *FROZEN, *QUIET, TWO, f"trainer.strategy={strategy}"]
+    words += [f"data.train={tmp_path / 'data.json'}", f"data.images={tmp_path}", "data.workers=0"]
+    words += ["stages.chat.global_batch_size=2", "stages.chat.image_size=56", "stages.chat.steps=4"]
+    runs = {"plain": (), "cached": (f"trainer.feature_cache={tmp_path / 'cache'}",)}
+    commands = [
+        FitCommand((*words, f"run={tmp_path / name}", *more)) for name, more in runs.items()
+    ]
+    assert run_in_two_processes(commands, seconds=120) == [(0, 0)] * 2
+    plain, cached = (read_losses(tmp_path / name) for name in runs)
+    assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-5)
+    assert bool(shards(tmp_path / "cache")) == (strategy == "ddp")
