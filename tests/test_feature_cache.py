@@ -11,6 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from two_process_commands import QUIET, TWO, FitCommand, read_losses, run_in_two_processes
 
@@ -124,6 +125,52 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
     assert [t["sums"].tolist() for t in whole] == [
         [feature_store.feature_checksum(one) for one in t["features"]] for t in whole
     ]
+
+
+def test_images_and_shards_are_read_without_the_lock(cached, tmp_path, monkeypatch):
+    """Under it the processes of a run would read all of them one after the other."""
+    cache, locks, read, checked = tmp_path / "cache", [], [], []
+
+    class Lock(FileLock):
+        def __enter__(self):
+            locks.append(self)
+            return super().__enter__()
+
+    def recorded(real, held):
+        def call(*given):
+            held.append(any(lock.is_locked for lock in locks))
+            return real(*given)
+
+        return call
+
+    shutil.copytree(cached[1], cache)
+    monkeypatch.setattr(feature_cache, "FileLock", Lock)
+    monkeypatch.setattr(feature_cache, "view_keys", recorded(view_keys, read))
+    checksum = recorded(feature_store.feature_checksum, checked)
+    monkeypatch.setattr(feature_store, "feature_checksum", checksum)
+    words = (f"trainer.feature_cache={cache}", "only=chat", "connector.name=linear")
+    run(tmp_path / "all", *words)
+    assert not locks and not any(read + checked) and len(read) == 9 and len(checked) > 15
+    by_size = {load_file(path)["features"].shape[0]: path for path in shards(cache)}
+    by_size[9].unlink()
+    read.clear(), checked.clear()
+    run(tmp_path / "some", *words)
+    assert len(locks) == 1 and not any(read) and checked.count(True) == 9  # of what is written
+
+
+def test_a_shard_that_was_written_anew_is_not_deleted(tmp_path):
+    feature_shards, images = FeatureShards(tmp_path), [b"1" * 16, b"2" * 16]
+    feature_shards.write_shard(images, torch.ones(2, 3, 4))
+    whole, (path,) = shards(tmp_path)[0].read_bytes(), shards(tmp_path)
+    path.write_bytes(whole[:-9])
+    damaged = feature_shards.find_damaged()
+    assert damaged == [path]
+    path.write_bytes(whole)  # by a process that had the lock
+    feature_shards.delete_damaged(damaged)
+    assert feature_shards.locate_features() == {key: (path.name, n) for n, key in enumerate(images)}
+    path.write_bytes(whole[:-9])
+    feature_shards.delete_damaged(damaged)
+    assert not shards(tmp_path)
 
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
