@@ -11,15 +11,18 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from filelock import FileLock
 from safetensors.torch import load_file, save_file
+from two_process_commands import QUIET, TWO, FitCommand, read_losses, run_in_two_processes
 
 from vlbench.__main__ import main
+from vlbench.config.schema import TrainerConfig
 from vlbench.data import feature_store
 from vlbench.data.feature_store import FeatureShards, FeatureStore, content_key, view_keys
 from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
 from vlbench.data.scene_world import make_scene
-from vlbench.train import checkpoint_files, feature_cache
+from vlbench.train import checkpoint_files, feature_cache, stage_runner
 from vlbench.train.callbacks import GracefulStop
 
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
@@ -122,6 +125,52 @@ def test_a_damaged_shard_is_computed_again(plain, cached, tmp_path):
     assert [t["sums"].tolist() for t in whole] == [
         [feature_store.feature_checksum(one) for one in t["features"]] for t in whole
     ]
+
+
+def test_images_and_shards_are_read_without_the_lock(cached, tmp_path, monkeypatch):
+    """Under it the processes of a run would read all of them one after the other."""
+    cache, locks, read, checked = tmp_path / "cache", [], [], []
+
+    class Lock(FileLock):
+        def __enter__(self):
+            locks.append(self)
+            return super().__enter__()
+
+    def recorded(real, held):
+        def call(*given):
+            held.append(any(lock.is_locked for lock in locks))
+            return real(*given)
+
+        return call
+
+    shutil.copytree(cached[1], cache)
+    monkeypatch.setattr(feature_cache, "FileLock", Lock)
+    monkeypatch.setattr(feature_cache, "view_keys", recorded(view_keys, read))
+    checksum = recorded(feature_store.feature_checksum, checked)
+    monkeypatch.setattr(feature_store, "feature_checksum", checksum)
+    words = (f"trainer.feature_cache={cache}", "only=chat", "connector.name=linear")
+    run(tmp_path / "all", *words)
+    assert not locks and not any(read + checked) and len(read) == 9 and len(checked) > 15
+    by_size = {load_file(path)["features"].shape[0]: path for path in shards(cache)}
+    by_size[9].unlink()
+    read.clear(), checked.clear()
+    run(tmp_path / "some", *words)
+    assert len(locks) == 1 and not any(read) and checked.count(True) == 9  # of what is written
+
+
+def test_a_shard_that_was_written_anew_is_not_deleted(tmp_path):
+    feature_shards, images = FeatureShards(tmp_path), [b"1" * 16, b"2" * 16]
+    feature_shards.write_shard(images, torch.ones(2, 3, 4))
+    whole, (path,) = shards(tmp_path)[0].read_bytes(), shards(tmp_path)
+    path.write_bytes(whole[:-9])
+    damaged = feature_shards.find_damaged()
+    assert damaged == [path]
+    path.write_bytes(whole)  # by a process that had the lock
+    feature_shards.delete_damaged(damaged)
+    assert feature_shards.locate_features() == {key: (path.name, n) for n, key in enumerate(images)}
+    path.write_bytes(whole[:-9])
+    feature_shards.delete_damaged(damaged)
+    assert not shards(tmp_path)
 
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
@@ -281,3 +330,40 @@ def test_a_run_of_tiled_images_is_the_same_bit_for_bit(connector, rule, tmp_path
     assert all(plain[name].equal(cached[name]) for name in plain)
     kept = load_file(shards(tmp_path / "cache")[0])["features"]
     assert len(kept) > 9 and f"features of {len(kept)} views of images" in capsys.readouterr().err
+
+
+def test_sharded_stages_do_without_and_say_so(tmp_path, monkeypatch, capsys):
+    """A process with features would not gather the encoder's blocks that another one runs."""
+    trainer = TrainerConfig(strategy="fsdp2", devices=2, feature_cache=str(tmp_path / "cache"))
+    runner = stage_runner.StageRunner(
+        trainer_config=trainer, precision="32", activation_checkpointing="none", seed=0
+    )
+    monkeypatch.setattr(stage_runner, "is_fsdp_sharded", lambda _: True)
+    steps = SimpleNamespace(feature_store=None)
+    runner.cache_features(SimpleNamespace(), steps, 0, lambda: False)
+    assert steps.feature_store is None and not (tmp_path / "cache").exists()
+    assert "trainer.feature_cache is not used: with fsdp2" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_processes_with_a_cache_have_the_losses_of_those_without(strategy, tmp_path):
+    """One of the two has text alone in every step, the other one an image."""
+    turns = [{"from": "human", "value": "What is it?"}, {"from": "gpt", "value": "It is red."}]
+    records = [{"id": str(number), "conversations": turns} for number in range(12)]
+    for record in records[::2]:
+        make_scene("processes", 0, int(record["id"])).open().save(tmp_path / f"{record['id']}.png")
+        record["image"] = f"{record['id']}.png"
+        record["conversations"] = [{"from": "human", "value": "<image>\nWhat is it?"}, turns[1]]
+    (tmp_path / "data.json").write_text(json.dumps(records))
+    words = ["recipe=yivl_llava", "only=chat", *FROZEN, *QUIET, TWO, f"trainer.strategy={strategy}"]
+    words += [f"data.train={tmp_path / 'data.json'}", f"data.images={tmp_path}", "data.workers=0"]
+    words += ["stages.chat.global_batch_size=2", "stages.chat.image_size=56", "stages.chat.steps=4"]
+    runs = {"plain": (), "cached": (f"trainer.feature_cache={tmp_path / 'cache'}",)}
+    commands = [
+        FitCommand((*words, f"run={tmp_path / name}", *more)) for name, more in runs.items()
+    ]
+    assert run_in_two_processes(commands, seconds=120) == [(0, 0)] * 2
+    plain, cached = (read_losses(tmp_path / name) for name in runs)
+    assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-5)
+    assert bool(shards(tmp_path / "cache")) == (strategy == "ddp")

@@ -10,10 +10,13 @@ import socket
 import subprocess
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from forked_processes import run_in_processes
+from torch import distributed
 from two_process_commands import (
     QUIET,
     TWO,
@@ -23,7 +26,7 @@ from two_process_commands import (
     run_in_two_processes,
 )
 
-from vlbench.distributed import launcher
+from vlbench.distributed import collectives, launcher, process_group
 from vlbench.errors import EnvironmentFailure
 
 DOCS = Path(__file__).parents[1] / "docs"
@@ -122,7 +125,7 @@ HANGS = """
 import os, subprocess, sys
 code = '''
 import signal, time
-from vlbench.distributed import launcher
+from vlbench.distributed import collectives, launcher, process_group
 signal.signal(signal.SIGTERM, signal.SIG_IGN)
 launcher.ORPHAN_GRACE_SECONDS, launcher.PARENT_POLL_SECONDS = 0.1, 0.05
 launcher.end_with_launcher()
@@ -391,8 +394,6 @@ def test_torchrun_starts_it_too(tmp_path):
 
 
 def test_a_port_that_is_taken_is_one_line(monkeypatch):
-    from vlbench.distributed import process_group
-
     for name in ("MASTER_ADDR", "MASTER_PORT"):  # set by what is tested
         monkeypatch.setenv(name, "")
     with socket.create_server(("127.0.0.1", 0)) as taken:
@@ -403,3 +404,43 @@ def test_a_port_that_is_taken_is_one_line(monkeypatch):
             EnvironmentFailure, match=f"cannot meet at 127.0.0.1:{port}.*MASTER_PORT"
         ):
             process_group._init_process_group(SimpleNamespace(accelerator="cpu"), first)
+
+
+def test_what_one_process_does_for_all_may_take_longer_than_a_step(monkeypatch):
+    """A download of hours in the first process, as seconds."""
+    for name in ("MASTER_ADDR", "MASTER_PORT"):  # set by what is tested
+        monkeypatch.setenv(name, "")
+    monkeypatch.setattr(process_group, "STEP_TIMEOUT", timedelta(seconds=4), raising=False)
+    monkeypatch.setattr(process_group, "PROCESS_GROUP_TIMEOUT", timedelta(seconds=4), raising=False)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    def work_in_the_first(rank: int) -> list[object]:
+        distributed.destroy_process_group()  # that of the tests, which waits for a minute
+        own = SimpleNamespace(main_address="127.0.0.1", main_port=port, global_rank=lambda: rank)
+        own.world_size = lambda: 2
+        process_group._init_process_group(SimpleNamespace(accelerator="cpu"), own)
+        done = collectives.call_on_rank_zero(lambda: time.sleep(6) or "downloaded")
+        first = collectives.call_on_rank_zero_first(lambda: rank or time.sleep(6) or 0)
+        return [done, first, *collectives.all_gather_objects(rank)]
+
+    assert run_in_processes(work_in_the_first) == [["downloaded", rank, 0, 1] for rank in (0, 1)]
+
+
+@pytest.mark.parametrize(("rank", "local_rank"), [(0, 0), (1, 1), (8, 0), (9, 1)])
+def test_a_process_that_hangs_is_told_from_one_that_ended(rank, local_rank, monkeypatch):
+    monkeypatch.setattr(collectives, "rank", lambda: rank)
+
+    def told_of(message: str) -> str:
+        with pytest.raises((EnvironmentFailure, SystemExit)) as raised:
+            with process_group._exit_together(local_rank):
+                raise RuntimeError(f"[gloo/transport/tcp/{message}")
+        return str(raised.value)
+
+    ended = told_of("pair.cc:561] Connection closed by peer [127.0.0.1]:8102")
+    hangs = told_of("unbound_buffer.cc:129] Timed out waiting 1800000ms for recv operation")
+    assert ("one of them has ended" in ended) == (local_rank == 0)
+    # where the first process hangs, the second tells it
+    assert ("did not answer in time (30 minutes" in hangs) == (rank != 9)
+    assert "has ended" not in hangs

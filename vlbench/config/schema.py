@@ -55,7 +55,7 @@ class TrainerConfig(RecipeSection):
     )
     checkpoint_every: float = key("seconds; more where saving takes over 5 %", 60.0, gt=0)
     keep_last_checkpoints: Count = key("checkpoints that are kept, beside the best", 2)
-    feature_cache: PathText | None = key("folder of features of frozen encoders", None)
+    feature_cache: PathText | None = key("folder of features of frozen encoders; not fsdp2", None)
     max_nonfinite_steps: Count = key("stop after this many NaN or infinite losses in a row", 5)
     callbacks: tuple[str, ...] = key("Lightning callbacks, as [my_callbacks.Printer]", ())
 

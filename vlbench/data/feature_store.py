@@ -14,6 +14,7 @@ A shard is written atomically, so a run that is stopped loses at most the one it
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import zlib
 from collections.abc import Sequence
@@ -79,28 +80,26 @@ class FeatureShards:
     def __getstate__(self) -> dict[str, Any]:  # memory maps cannot be pickled for a worker
         return {"folder": self.folder, "_open": {}}
 
+    def find_damaged(self) -> list[Path]:
+        """Return the damaged shards; all features are read for it."""
+        return [path for path in self._list_shards() if _is_damaged(path)]
+
+    def delete_damaged(self, damaged: Sequence[Path]) -> None:
+        """Delete shards that `find_damaged` has found, unless they have been written anew since."""
+        for path in filter(_is_damaged, damaged):
+            path.unlink(missing_ok=True)
+
     def locate_features(self) -> FeatureLocations:
-        """Return shard and row of every stored image; a damaged shard is deleted."""
+        """Return shard and row of every stored image, without a look at the features."""
         locations: FeatureLocations = {}
-        for path in sorted(filter(Path.is_file, self.folder.glob("*.safetensors"))):
-            keys = self._read_valid_keys(path)
-            if keys is None:
-                path.unlink()
-                continue
-            for row, key in enumerate(keys):
-                locations[key.tobytes()] = (path.name, row)
+        for path in self._list_shards():
+            with contextlib.suppress(SafetensorError, OSError), safe_open(path, "pt") as file:
+                keys: NDArray[np.uint8] = file.get_tensor("keys").numpy()
+                locations |= {key.tobytes(): (path.name, row) for row, key in enumerate(keys)}
         return locations
 
-    def _read_valid_keys(self, path: Path) -> NDArray[np.uint8] | None:
-        """Return the keys `[images, 16]` of a shard, None if anything in it is damaged."""
-        try:
-            with safe_open(path, framework="pt") as file:
-                features, sums = file.get_tensor("features"), file.get_tensor("sums")
-                keys: NDArray[np.uint8] = file.get_tensor("keys").numpy()
-        except (SafetensorError, OSError):
-            return None
-        is_valid = [feature_checksum(row) for row in features] == sums.tolist()
-        return keys if is_valid else None
+    def _list_shards(self) -> list[Path]:
+        return sorted(filter(Path.is_file, self.folder.glob("*.safetensors")))
 
     def read_features(self, shard_name: str, row: int) -> Tensor | None:
         """Return the features `[patches, width]` of an image, None when they are damaged."""
@@ -131,6 +130,18 @@ class FeatureShards:
         if shard_name not in self._open:
             self._open[shard_name] = safe_open(self.folder / shard_name, framework="pt")
         return self._open[shard_name]
+
+
+def _is_damaged(path: Path) -> bool:
+    """Tell whether anything in a shard is damaged, or the shard is gone."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            features, sums = file.get_tensor("features"), file.get_tensor("sums")
+            file.get_tensor("keys")
+    except (SafetensorError, OSError):
+        return True
+    written: list[int] = sums.tolist()
+    return [feature_checksum(row) for row in features] != written
 
 
 def feature_checksum(features: Tensor) -> int:

@@ -1,6 +1,8 @@
 """Rank, world size and collective operations; without a process group there is one rank.
 
 Numbers and objects are exchanged between CPUs (gloo), rows of tensors on the device they are on.
+What `call_*` does in one rank or in all may take hours, as a download: ranks that are done wait in
+`call_group`, whose limit is longer than that of a training step.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from torch.nn.functional import pad
 from vlbench.errors import UserError
 
 T = TypeVar("T")
+call_group: distributed.ProcessGroup | None = None
+"""The group in which ranks wait for each other's calls; None: the group of everything else."""
 
 
 def is_distributed() -> bool:
@@ -49,12 +53,12 @@ def all_gather_numbers(values: Sequence[float]) -> Tensor:
     return torch.stack(rows)
 
 
-def all_gather_objects(value: T) -> list[T]:
-    """Return the objects of every rank, in the order of ranks."""
+def all_gather_objects(value: T, group: distributed.ProcessGroup | None = None) -> list[T]:
+    """Return the objects of every rank, in the order of ranks; `group` has all of them."""
     if not is_distributed():
         return [value]
     values: list[Any] = [None] * world_size()
-    distributed.all_gather_object(values, value)
+    distributed.all_gather_object(values, value, group)
     return values
 
 
@@ -68,7 +72,7 @@ def call_on_all_ranks(function: Callable[[], T]) -> T:
         results.append(function())
     except Exception as error:
         failure = error
-    has_failed = all_gather_objects(failure is not None)
+    has_failed = all_gather_objects(failure is not None, call_group)
     if any(has_failed):
         first_failed = has_failed.index(True)
         raise (failure if failure and rank() == first_failed else SystemExit(1))

@@ -31,8 +31,12 @@ LOST_PEER_MESSAGES = (
     "broken pipe",
     "nccl",
 )
+TIMEOUT_MESSAGES = ("timed out waiting", "wait timeout", "operation timeout")  # gloo, store, NCCL
 GLOO_SETTLE_SECONDS = 0.05  # its threads need microseconds
-PROCESS_GROUP_TIMEOUT = timedelta(minutes=30)  # for another process; Lightning's default
+STEP_TIMEOUT = timedelta(minutes=30)  # for another process in training; Lightning's default
+CALL_TIMEOUT = timedelta(hours=24)
+"""For what another process does for all: 70 GB of weights are downloaded at 1 MB/s in 20 hours. One
+that ends closes its connections, and is not waited for."""
 
 
 @contextlib.contextmanager
@@ -90,11 +94,21 @@ def _exit_together(local_rank: int) -> Iterator[None]:
     except RuntimeError as error:
         if not is_connection_error(error):
             raise
-        if local_rank:
+        timed_out = any(part in str(error).lower() for part in TIMEOUT_MESSAGES)
+        # the first process may be the one that is waited for: the second speaks, too
+        if local_rank and not (timed_out and collectives.rank() == 1):
             raise SystemExit(silent_exit_code(1)) from error
+        reason = "lost contact with the other processes: one of them has ended"
+        if timed_out:
+            reason = (
+                "another process did not answer in time "
+                f"({STEP_TIMEOUT.total_seconds() / 60:.0f} minutes in a training step, "
+                f"{CALL_TIMEOUT.total_seconds() / 3600:.0f} hours in what it does for all, as a "
+                "download): it hangs, or its disk or network does"
+            )
         raise EnvironmentFailure(
-            "lost contact with the other processes: one of them has ended. Checkpoints are "
-            "whole; to go on, repeat the command with the run= of this run"
+            f"{reason}. Checkpoints are whole; to go on, repeat the command with the run= of this "
+            "run"
         ) from error
 
 
@@ -114,6 +128,7 @@ os.register_at_fork(before=_let_gloo_settle)
 def leave_process_group() -> None:
     """Leave the process group; what follows is done by this process alone."""
     if collectives.is_distributed():
+        collectives.call_group = None
         distributed.destroy_process_group()
         _end_group_threads()
 
@@ -172,8 +187,11 @@ def _init_process_group(settings: TrainerConfig, environment: ClusterEnvironment
             backend,
             rank=environment.global_rank(),
             world_size=environment.world_size(),
-            timeout=PROCESS_GROUP_TIMEOUT,
+            timeout=STEP_TIMEOUT,
         )
+        all_processes = distributed.new_group(backend="gloo", timeout=CALL_TIMEOUT)
+        assert isinstance(all_processes, distributed.ProcessGroup)  # it is an int in no member
+        collectives.call_group = all_processes
     except distributed.DistNetworkError as error:  # the port is taken, or nobody is there
         raise EnvironmentFailure(
             f"the processes cannot meet at {environment.main_address}:{environment.main_port} "

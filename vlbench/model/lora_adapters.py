@@ -11,7 +11,6 @@ numbers for any number of processes.
 from __future__ import annotations
 
 import copy
-import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,6 +28,7 @@ from vlbench.compat.peft_internals import (
 )
 from vlbench.distributed import collectives
 from vlbench.errors import UserError, one_line
+from vlbench.model.four_bit_layers import check_quantization, quantize_layers
 from vlbench.model.multihead_attention import SplitAttention, pack_attention_state
 from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.weights.tensor_writer import unshare_tensors
@@ -93,23 +93,22 @@ def add_adapters(
         use_dora=dora,
     )
     before = _adapter_config(root)
-    if before is not None and before.to_dict() == config.to_dict():
-        return
-    merge_adapters(part)
-    _split_attention(root)
-    if bits == 4:
-        _quantize_layers(root, name)
-    try:
-        _inject_adapters(root, config)
-    except ValueError as error:
-        raise UserError(f"{name}.lora: {one_line(error)}") from error
+    if before is None or before.to_dict() != config.to_dict():
+        merge_adapters(part)
+        _split_attention(root)
+        try:
+            _inject_adapters(root, config)
+        except ValueError as error:
+            raise UserError(f"{name}.lora: {one_line(error)}") from error
+    if bits == 4:  # also under adapters that a run has loaded
+        quantize_layers(root, name)
 
 
 def check_adapters(part: nn.Module, name: str, targets: str, bits: int | None) -> None:
     """Raise what `add_adapters` would raise; nothing is changed."""
     _target_modules(part, targets, f"{name}.lora.targets")
     if bits == 4:
-        _check_quantization(name)
+        check_quantization(name)
 
 
 def adapter_parameters(part: nn.Module) -> dict[str, nn.Parameter]:
@@ -311,33 +310,3 @@ def _linear_layer_names(part: Any) -> Iterator[str]:
                     isinstance(module, nn.Linear) or hasattr(module, "base_layer")
                 ):
                     yield f"{path}.{name}"
-
-
-def _check_quantization(name: str) -> None:
-    if not torch.cuda.is_available() or importlib.util.find_spec("bitsandbytes") is None:
-        raise UserError(
-            f"{name}.lora.bits is 4, which needs a GPU and bitsandbytes (pip install "
-            "bitsandbytes); without them leave it out"
-        )
-
-
-def _quantize_layers(root: nn.Module, name: str) -> None:
-    """Replace the Linear layers of decoder layers by ones in 4 bits (QLoRA), for a GPU."""
-    _check_quantization(name)
-    import bitsandbytes
-
-    decoder: Any = root.model
-    for layer in decoder.layers:
-        for path, module in list(layer.named_modules()):
-            if type(module) is nn.Linear:
-                quantized = bitsandbytes.nn.Linear4bit(
-                    module.in_features,
-                    module.out_features,
-                    bias=module.bias is not None,
-                    compute_dtype=torch.bfloat16,
-                    quant_type="nf4",
-                )
-                quantized.weight = bitsandbytes.nn.Params4bit(
-                    module.weight.data, requires_grad=False, quant_type="nf4"
-                )
-                _replace_module(layer, path, quantized)

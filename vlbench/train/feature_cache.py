@@ -10,7 +10,7 @@ import hashlib
 import itertools
 import json
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -75,9 +75,22 @@ def cache_features(
         subfolder.mkdir(parents=True, exist_ok=True)
         for encoder in vlm.vision.encoders():
             encoder.to(device)
-        with FileLock(subfolder / ".lock"):  # runs side by side would compute the same
-            shards = FeatureShards(subfolder)
-            return _fill_cache(vlm, steps, shards, trainer, num_workers, should_stop)
+        # images and shards are read before the lock: all processes of a run read them at once
+        keys = dict(_keyed_images(steps))
+        shards = FeatureShards(subfolder)
+        damaged, locations = shards.find_damaged(), shards.locate_features()
+        if damaged or _missing_images(keys, locations):
+            with FileLock(subfolder / ".lock"):  # others would compute the same
+                shards.delete_damaged(damaged)
+                locations = shards.locate_features()  # with what others have written meanwhile
+                missing = _missing_images(keys, locations)
+                locations |= _fill_cache(vlm, missing, shards, trainer, num_workers, should_stop)
+        known = {
+            image: [locations[key] for key in of_image]
+            for image, of_image in keys.items()
+            if all(key in locations for key in of_image)
+        }
+        return FeatureStore(shards, known)
     except OSError as error:
         if error.errno in FULL_DISK_REASONS:
             raise EnvironmentFailure(
@@ -119,38 +132,37 @@ def _sorted_weights(vlm: LoadedVLM) -> Iterator[tuple[str, Tensor]]:
         yield from sorted(encoder.state_dict().items())
 
 
-def _fill_cache(
-    vlm: LoadedVLM,
-    steps: StepDataset,
-    shards: FeatureShards,
-    trainer: pl.Trainer,
-    num_workers: int,
-    should_stop: Callable[[], bool],
-) -> FeatureStore:
-    """Compute what a cache lacks of the images of `steps`, and return all their features."""
-    keys = dict(_keyed_images(steps))
-    locations = shards.locate_features()
-    missing = {
+def _missing_images(
+    keys: Mapping[LazyImage, Sequence[bytes]], locations: FeatureLocations
+) -> dict[tuple[bytes, ...], LazyImage]:
+    """Return the images of which a cache lacks a view, by the keys of their views."""
+    return {
         tuple(of_image): image
         for image, of_image in keys.items()
         if any(key not in locations for key in of_image)
     }
-    if missing:
-        loader: DataLoader[_KeyedPixels] = DataLoader(
-            _PixelDataset(vlm.processor.transform, list(missing.items())),
-            batch_size=None,
-            num_workers=num_workers,
-            worker_init_fn=isolate_data_worker,
-        )
-        view_count = sum(map(len, missing))
-        with torch.no_grad(), autocast_context(trainer):
-            locations |= _compute_features(vlm, loader, view_count, shards, should_stop)
-    known = {
-        image: [locations[key] for key in of_image]
-        for image, of_image in keys.items()
-        if all(key in locations for key in of_image)
-    }
-    return FeatureStore(shards, known)
+
+
+def _fill_cache(
+    vlm: LoadedVLM,
+    missing: Mapping[tuple[bytes, ...], LazyImage],
+    shards: FeatureShards,
+    trainer: pl.Trainer,
+    num_workers: int,
+    should_stop: Callable[[], bool],
+) -> FeatureLocations:
+    """Compute and write the features of images; return where they are."""
+    if not missing:
+        return {}
+    loader: DataLoader[_KeyedPixels] = DataLoader(
+        _PixelDataset(vlm.processor.transform, list(missing.items())),
+        batch_size=None,
+        num_workers=num_workers,
+        worker_init_fn=isolate_data_worker,
+    )
+    view_count = sum(map(len, missing))
+    with torch.no_grad(), autocast_context(trainer):
+        return _compute_features(vlm, loader, view_count, shards, should_stop)
 
 
 def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, list[bytes]]]:

@@ -33,7 +33,11 @@ from vlbench.train.run_folder import RunFolder, open_run
 from vlbench.train.shape_checks import check_init_weights, check_stage_shapes
 from vlbench.train.stage_plan import StageRun, build_stage_steps, check_data, held_out_batches
 from vlbench.train.stage_runner import StageRunner
-from vlbench.train.trainable_parts import check_trainable_stage, parts_to_save
+from vlbench.train.trainable_parts import (
+    check_four_bit_stages,
+    check_trainable_stage,
+    parts_to_save,
+)
 from vlbench.train.view_report import show_views
 
 
@@ -312,6 +316,8 @@ def build_or_resume_model(
     config: ModelConfig, stage_runs: list[StageRun], run: RunFolder | None, is_sharded: bool
 ) -> tuple[LoadedVLM, RunPosition]:
     """Build the model where training begins or goes on, with the newest weights of the run."""
+    stages = {stage_run.name: stage_run.stage for stage_run in stage_runs}
+    check_four_bit_stages(config, stages, is_sharded)
     latest = run.latest_position if run else None
     position = latest or RunPosition(0, stage_runs[0].name, 0)
     stage = stage_runs[position.stage].stage

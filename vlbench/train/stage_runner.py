@@ -26,6 +26,7 @@ from vlbench.model.compile_blocks import CompiledBlocks
 from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
+from vlbench.train import run_report
 from vlbench.train.auto_checkpointing import set_activation_checkpointing
 from vlbench.train.feature_cache import cache_features
 from vlbench.train.lightning_trainer import build_trainer, explain_stage_errors, root_device
@@ -118,14 +119,25 @@ class StageRunner:
     def cache_features(
         self, vlm: LoadedVLM, steps: StepDataset, num_workers: int, should_stop: Callable[[], bool]
     ) -> None:
-        """Let `steps` read the features of a frozen encoder from `trainer.feature_cache`."""
+        """Let `steps` read the features of a frozen encoder from `trainer.feature_cache`.
+
+        A sharded stage does without: its processes gather the encoder's blocks together, and a
+        micro-batch without features (text alone, or empty) runs them in one process and not in
+        another.
+        """
         if self.trainer_config.feature_cache is None:
+            return
+        if self.is_sharded:
+            run_report.print_status(
+                "trainer.feature_cache is not used: with fsdp2 the processes share the vision "
+                "encoder, and each must run it in every micro-batch; ddp uses the cache"
+            )
             return
         folder = Path(self.trainer_config.feature_cache)
         trainer = build_trainer(self.trainer_config, self.precision)
         with share_cores(self.device):
-            steps.feature_store = cache_features(
-                vlm, steps, folder, trainer, num_workers, should_stop
+            steps.feature_store = collectives.call_on_all_ranks(
+                lambda: cache_features(vlm, steps, folder, trainer, num_workers, should_stop)
             )
 
     def train_stage(

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from torch import nn
 
 from vlbench.config.key_types import PART_NAMES
+from vlbench.config.model_schema import ModelConfig
 from vlbench.config.stage_schema import PartTrainConfig, StageConfig
 from vlbench.errors import UserError, suggest_name
 from vlbench.model import lora_adapters
@@ -59,6 +60,45 @@ def check_trainable_stage(vlm: VLM, stage_name: str, stage: StageConfig, total_s
                 train_config.lora.targets,
                 train_config.lora.bits,
             )
+
+
+def check_four_bit_stages(
+    config: ModelConfig, stages: Mapping[str, StageConfig], is_sharded: bool
+) -> None:
+    """Refuse `lora.bits=4` where weights in 4 bits would be saved, merged with adapters or sharded.
+
+    Checkpoints have the adapters alone, and a run that goes on quantizes the files that its recipe
+    names. So the weights are those of the files in all stages, and in 4 bits from one stage on.
+    """
+    loras = {
+        name: settings.lora if (settings := stage.trained_parts.get("language")) else None
+        for name, stage in stages.items()
+    }
+    first = next((name for name, lora in loras.items() if lora and lora.bits), None)
+    if first is None:
+        return
+    key, source = f"stages.{first}.train.language.lora.bits is 4", config.init
+    if source or config.language.weights == "random":
+        origin = f"init={source}" if source else "language.weights=random"
+        raise UserError(
+            f"{key}, and with {origin} checkpoints hold the whole language model, which cannot be "
+            "saved in 4 bits: name its files in language.weights, or leave bits out"
+        )
+    if is_sharded:
+        raise UserError(
+            f"{key}, and weights in 4 bits cannot be sharded: trainer.strategy=ddp, or leave bits "
+            "out"
+        )
+    names = list(stages)
+    earlier, later = names[: names.index(first)], names[names.index(first) + 1 :]
+    others = [name for name in earlier if "language" in stages[name].trained_parts]
+    others += [name for name in later if loras[name] != loras[first]]
+    if others:
+        raise UserError(
+            f"{key}, and stages.{others[0]}.train.language is another: weights in 4 bits cannot be "
+            "merged with adapters nor saved. No stage before may train the language model, and "
+            "those behind must have the same lora; or leave bits out"
+        )
 
 
 def check_objective(vlm: VLM, stage_name: str, stage: StageConfig) -> None:
