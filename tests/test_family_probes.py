@@ -64,7 +64,7 @@ def stand_in(monkeypatch, change, **connector) -> SimpleNamespace:
     options = {"replaces_image_tokens": True, "token_grid": (GRID, GRID), "latent_grid": None}
     return SimpleNamespace(
         connector=SimpleNamespace(**options | connector),
-        processor=SimpleNamespace(view_layout=None),
+        processor=SimpleNamespace(view_layout=None, encode_prompt=lambda _: [1]),
         model=SimpleNamespace(vision=SimpleNamespace(grid=(GRID, GRID))),
     )
 

@@ -27,6 +27,7 @@ from vlbench.data.scene_labels import question_evidence
 from vlbench.data.scene_text import LANGUAGES, list_questions
 from vlbench.data.scene_world import RenderedScene, make_scene
 from vlbench.data.view_layout import ViewSettings
+from vlbench.errors import UserError
 from vlbench.evaluate import information_probes
 from vlbench.evaluate.heldout_questions import EvalQuestion, scene_questions
 from vlbench.evaluate.information_probes import (
@@ -136,7 +137,7 @@ def fake_model(monkeypatch, **kept: tuple[str, ...]) -> SimpleNamespace:
     monkeypatch.setattr(information_probes, "TRAINING_PICTURES", 300)
     return SimpleNamespace(
         connector=SimpleNamespace(replaces_image_tokens=True, token_grid=None, latent_grid=None),
-        processor=SimpleNamespace(view_layout=None),
+        processor=SimpleNamespace(view_layout=None, encode_prompt=lambda _: [1]),
         model=SimpleNamespace(vision=SimpleNamespace(grid=(8, 8))),
     )
 
@@ -201,6 +202,17 @@ def test_too_few_questions_or_too_large_features_are_not_probed(monkeypatch):
     monkeypatch.setattr(information_probes, "MAX_FEATURE_BYTES", 1 << 16)
     told = probe_information(recipe.last_stage_data, vlm, questions[:100])
     assert told["left_out"].startswith("the features of 400 pictures take more than")
+
+
+def test_probes_are_not_fitted_on_what_the_model_cannot_be_asked(monkeypatch):
+    def refuse(sample):
+        raise UserError("the conversation has too many views")
+
+    vlm = fake_model(monkeypatch, **dict.fromkeys(PlaceFeatures._fields, ("colour", "shape")))
+    vlm.processor.encode_prompt = refuse
+    stage_data = recipes.load_recipe(["recipe=yivl_llava"]).last_stage_data
+    told = probe_information(stage_data, vlm, gist_questions()[:100])
+    assert told["left_out"].startswith("the training has 0 pictures of the kind")
 
 
 @pytest.mark.parametrize("name", ["llava_mlp", "flamingo", "mixed"])
