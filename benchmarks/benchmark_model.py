@@ -158,15 +158,17 @@ class PackedSteps(Dataset[OptimizerStep]):
             raise IndexError(index)
         start = index * self.batch
         some = self.samples[start : start + self.batch]
-        rows = [
-            RowPlan(
-                [start + place for place in row],
-                [len(some[place].input_ids) for place in row],
-                sum(len(some[place].sample.images) for place in row),
-                sum(some[place].supervised_token_count for place in row),
+        rows = []
+        for row in pack_samples(some, self.max_tokens_per_row):
+            image_count = sum(len(some[place].sample.images) for place in row)
+            plan = RowPlan(
+                stream_index=[start + place for place in row],
+                sample_lengths=[len(some[place].input_ids) for place in row],
+                image_count=image_count,
+                view_count=image_count,
+                supervised_token_count=sum(some[place].supervised_token_count for place in row),
             )
-            for row in pack_samples(some, self.max_tokens_per_row)
-        ]
+            rows.append(plan)
         return StepPlan(index, rows)
 
     def load_row(self, row: RowPlan) -> LoadedRow:
