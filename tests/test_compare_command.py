@@ -88,6 +88,7 @@ def test_a_file_may_give_whole_mappings(tmp_path):
         (["recipe=yivl_llava", "seeds=0"], "seeds is 0; allowed are 1 to 1000"),
         (["recipe=yivl_llava", "seeds=two"], "seeds is 'two'"),
         (["recipe=yivl_llava", "seeds=[0,1"], "seeds is '[0,1'"),
+        (["recipe=yivl_llava", f"seeds=[{','.join('0' * 1001)}]"], "allowed are 1 to 1000"),
         (["recipe=yivl_llava", "seeds=[{a: 1, a: 2}]"], "seeds is '[{a: 1, a: 2}]'"),
         (["recipe=yivl_llava", f"seeds=[{'9' * 5000}]"], "(5,002 characters)"),
         (["recipe=yivl_llava", "tasks=own", "tasks.own.limit=5"], "log.questions=NUMBER"),

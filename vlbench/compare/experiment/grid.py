@@ -234,13 +234,13 @@ def _parse_seeds(text: str) -> tuple[int, ...]:
         are_integers = isinstance(values, list) and all(
             INTEGER_PATTERN.fullmatch(str(value)) for value in values
         )
-        seeds = tuple(dict.fromkeys(map(int, values or ()))) if are_integers else ()
+        seeds = [int(value) for value in values or ()] if are_integers else []
     except ValueError:  # a bracket that is not closed, a number of thousands of digits
-        seeds = ()
+        seeds = []
     if not 0 < len(seeds) <= MAX_SEEDS:
         given = f"'{text}'" if len(text) < 100 else f"'{text[:40]}...' ({len(text):,} characters)"
         raise UserError(f"seeds is {given}; allowed are 1 to {MAX_SEEDS}, or a list as [0,1,5]")
-    return seeds
+    return tuple(dict.fromkeys(seeds))
 
 
 def _freeze_encoder(row: GridRow, folder: Path) -> GridRow:

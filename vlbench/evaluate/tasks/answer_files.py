@@ -9,7 +9,7 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-from vlbench.errors import UserError, suggest_name
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks.answer_formats import AnswerRecord, read_answer_records
 from vlbench.evaluate.tasks.answer_parsing import CMMMU_LETTERS, FALSE_ANSWER, TRUE_ANSWER
 from vlbench.evaluate.tasks.benchmark_records import RECORD_READERS
@@ -22,7 +22,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     option_letters,
     subject_or_category,
 )
-from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS
+from vlbench.evaluate.tasks.scoring_protocols import SCORING_PROTOCOLS, unknown_type_error
 
 TruthsById = Mapping[str, AnswerRecord]
 
@@ -111,11 +111,9 @@ def _record_error(task: str, record: AnswerRecord, needs_options: bool) -> str:
     record_id, question_type, answer = record["id"], record["type"], record["answer"]
     if not isinstance(record_id, str | int) or not isinstance(record.get("subject") or "", str):
         return ": id must be text or a whole number, and subject text"
-    known = SCORING_PROTOCOLS[task]["official"].rules
-    if not isinstance(question_type, str) or question_type not in known:
-        allowed = ", ".join(known)
-        near = suggest_name(str(question_type), known)
-        return f" ({record_id}): type is '{question_type}'; {task} has {allowed}.{near}"
+    official = SCORING_PROTOCOLS[task]["official"]
+    if type_error := unknown_type_error(task, question_type, official):
+        return f" ({record_id}): {type_error}"
     if answer in WITHHELD_ANSWERS:
         return (
             f" ({record_id}): the answer is withheld, so there is nothing to score against; "

@@ -161,12 +161,20 @@ def scoring_protocol(task: str, protocol_name: str) -> ScoringProtocol:
     return SCORING_PROTOCOLS[task][protocol_name]
 
 
+def unknown_type_error(task: str, question_type: object, protocol: ScoringProtocol) -> str:
+    """Return what is wrong with a type of question that a protocol has no rule for, or ""."""
+    known = protocol.rules
+    if isinstance(question_type, str) and question_type in known:
+        return ""
+    near = suggest_name(str(question_type), known)
+    return f"type is '{question_type}'; {task} has {', '.join(known)}.{near}"
+
+
 def unscorable_reason(task: str, protocol_name: str, item: AnsweredItem) -> str:
     """Return why a protocol cannot score any answer to a question, "" if it can."""
     protocol = scoring_protocol(task, protocol_name)
-    if item.type not in protocol.rules:
-        near = suggest_name(item.type, protocol.rules)
-        return f"its type is '{item.type}'; {task} has {', '.join(protocol.rules)}.{near}"
+    if error := unknown_type_error(task, item.type, protocol):
+        return f"its {error}"
     is_choice = item.type in (MMMU_CHOICE_TYPE, CMMMU_CHOICE_TYPE)
     may_draw = is_choice and protocol.random_fallback
     if may_draw and not protocol.rules[item.type].random_choices(item):
