@@ -14,7 +14,7 @@ from pathlib import Path
 PACKAGE = Path(__file__).parents[1] / "vlbench"
 
 LAYERS = (
-    ("version", "errors", "stop_signals"),
+    ("version", "errors", "stop_signals", "garbage_collection"),
     ("compat", "regular_files"),
     ("file_lock", "system_errors"),
     (
@@ -47,7 +47,7 @@ LAYERS = (
     ("graft",),
     ("listing",),
     ("verbs",),
-    ("python_fit",),
+    ("python_fit", "program_help"),
     ("__init__",),
     ("command_dispatch",),
     ("__main__",),

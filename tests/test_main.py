@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import importlib.metadata
 import json
 import os
@@ -16,10 +17,13 @@ import pytest
 
 from vlbench import __version__
 from vlbench.__main__ import main
+from vlbench.command_line.declarations import DECLARATIONS
 from vlbench.command_line.parser import declared_arguments, parse_arguments, split_arguments
 from vlbench.config import key_table
 from vlbench.config.recipe import load_recipe
 from vlbench.errors import BadSample, EnvironmentFailure, UserError, suggest_name
+from vlbench.garbage_collection import pause_garbage_collection
+from vlbench.program_help import HELP_FLAGS, program_help
 from vlbench.verbs import VERBS, recipe_key_names
 
 ROOT = Path(__file__).parents[1]
@@ -90,7 +94,7 @@ def test_every_verb_has_help(verb, capsys):
     assert main([verb, "--help"]) == 0
     text = capsys.readouterr().out
     assert text.startswith(f"usage: python -m vlbench {verb} ")
-    declaration = VERBS[verb].declaration
+    declaration = DECLARATIONS.get(verb)
     for spec in declared_arguments(declaration).values() if declaration else []:
         assert spec.help in text and f"\n{spec.help_row()[0]} " in text
     if VERBS[verb].takes_recipe_keys:
@@ -100,13 +104,54 @@ def test_every_verb_has_help(verb, capsys):
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_example_of_every_verb_is_understood(verb):
     words = shlex.split(VERBS[verb].example)
-    declaration, recipe_words = VERBS[verb].declaration, words
+    declaration, recipe_words = DECLARATIONS.get(verb), words
     if declaration and VERBS[verb].takes_recipe_keys:
         _, recipe_words = split_arguments(declaration, words, recipe_key_names())
     elif declaration:
         parse_arguments(declaration, words)
     if VERBS[verb].takes_recipe_keys and verb not in ("compare", "graft"):
         load_recipe(recipe_words)
+
+
+@pytest.mark.parametrize("flag", HELP_FLAGS)
+def test_the_help_of_the_program_imports_nothing_else(flag, tmp_path):
+    done = python(
+        "import sys; from vlbench.__main__ import run_program\n"
+        f"before, sys.argv[1:] = set(sys.modules), [{flag!r}]\n"
+        "assert run_program() == 0\n"
+        "assert not set(sys.modules) - before and not {'pydantic', 'logging'} & before",
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{program_help()}\n"
+
+
+def test_no_garbage_is_collected_while_torch_is_imported(tmp_path):
+    done = python(
+        "import gc, sys; from vlbench.__main__ import main\n"
+        "def note(phase, info):\n"
+        "    torch = sys.modules.get('torch')\n"
+        "    collected.append(torch and torch.__spec__._initializing)\n"
+        "collected = []; gc.callbacks.append(note)\n"
+        "assert main(['pack', 'data=none.json', 'out=shards']) == 2\n"
+        "assert 'torch' in sys.modules and collected and not any(collected) and gc.isenabled()",
+        tmp_path,
+    )
+    assert (done.returncode, done.stderr.count("\n")) == (0, 1), done.stderr
+
+
+def test_a_pause_of_garbage_collection_leaves_it_as_it_was():
+    assert gc.isenabled()
+    with pause_garbage_collection(), pause_garbage_collection():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    gc.disable()
+    try:
+        with pause_garbage_collection():
+            pass
+        assert not gc.isenabled()
+    finally:
+        gc.enable()
 
 
 def test_list_names_what_there_is(capsys):
@@ -165,8 +210,9 @@ def test_interrupts_and_failures(monkeypatch, capsys):
         main(["fit"])
 
 
-def test_a_reader_that_leaves_is_no_error(tmp_path):
-    command = f"{sys.executable} -m vlbench fit --help | true"
+@pytest.mark.parametrize("words", ["fit --help", "--help"])
+def test_a_reader_that_leaves_is_no_error(words, tmp_path):
+    command = f"{sys.executable} -m vlbench {words} | true"
     done = subprocess.run(
         ["bash", "-c", command],
         cwd=tmp_path,

@@ -6,10 +6,10 @@ import json
 import shlex
 from pathlib import Path
 
+from vlbench.command_line.declarations import DECLARATIONS
 from vlbench.command_line.parser import parse_arguments
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import show_results
-from vlbench.verbs import VERBS
 
 
 def test_next_commands_are_understood(tmp_path: Path, capsys) -> None:
@@ -23,7 +23,7 @@ def test_next_commands_are_understood(tmp_path: Path, capsys) -> None:
     for words in commands:
         if words[:3] == ["python", "-m", "vlbench"]:
             verbs[words[3]] = words[4:]
-            declaration = VERBS[words[3]].declaration
+            declaration = DECLARATIONS.get(words[3])
             if declaration is not None:
                 parse_arguments(declaration, words[4:])
     assert verbs["chat"] == verbs["serve"] == [f"model={folder}"]

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vlbench.__main__ import main
+from vlbench.command_line.declarations import DECLARATIONS
 from vlbench.command_line.parser import parse_arguments
 from vlbench.config import recipe as recipes
 from vlbench.verbs import VERBS
@@ -28,7 +29,7 @@ def test_the_readme_has_commands() -> None:
 def test_every_command_is_understood(command: str) -> None:
     verb, *words = shlex.split(command)
     assert verb in VERBS
-    declaration = VERBS[verb].declaration
+    declaration = DECLARATIONS.get(verb)
     if declaration and not VERBS[verb].takes_recipe_keys:
         parse_arguments(declaration, words)
     if verb in ("fit", "show") and "connector.name=mine" not in words:

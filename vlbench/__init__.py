@@ -34,11 +34,13 @@ def load(
     `vlbench.load_model.load_model`.
     Several threads may use one model at once, and settings of the process stay as they are.
     """
-    from vlbench.printable_streams import show_control_characters  # here: importing is quick
+    from vlbench.garbage_collection import pause_garbage_collection  # here: importing is quick
+    from vlbench.printable_streams import show_control_characters
     from vlbench.process_settings import preserve_process_settings
 
     with preserve_process_settings(), show_control_characters():
-        from vlbench.load_model import load_model as load_now  # here: it imports torch
+        with pause_garbage_collection():
+            from vlbench.load_model import load_model as load_now  # here: it imports torch
 
         return load_now(path, dtype, device, template, trust_connector)
 

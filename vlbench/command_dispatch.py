@@ -9,17 +9,14 @@ import os
 import sys
 from collections.abc import Iterator
 
-from vlbench.command_line.parser import declared_arguments
 from vlbench.errors import EnvironmentFailure, UserError, suggest_name
 from vlbench.printable_streams import show_control_characters
 from vlbench.process_settings import prefer_expandable_segments, preserve_process_settings
+from vlbench.program_help import HELP_FLAGS, program_help
 from vlbench.stop_signals import StopSignalHandler, unwind_on_stop_signals
 from vlbench.system_errors import explain_system_error
 from vlbench.text_files import split_lines
-from vlbench.text_tables import format_table
 from vlbench.verbs import VERBS
-
-HELP_FLAGS = ("--help", "-h", "help")
 
 
 def run_command(argv: list[str] | None = None) -> int:
@@ -149,28 +146,14 @@ def dispatch_verb(argv: list[str]) -> int:
     return VERBS[argv[0]].run_verb(argv[1:])
 
 
-def program_help() -> str:
-    """Return the help of the whole program."""
-    width = max(map(len, VERBS))
-    verbs = [f"  {name:{width}} {verb.summary}" for name, verb in VERBS.items()]
-    return "\n".join(
-        [
-            "usage: python -m vlbench VERB [KEY=VALUE ...]",
-            "",
-            "Train vision-language models with any connector, and compare connectors fairly.",
-            "",
-            *verbs,
-            "",
-            "Start with: python -m vlbench fit recipe=yivl_llava",
-            "`VERB --help` has the table of all keys of a verb, `list` what they can name.",
-        ]
-    )
-
-
 def verb_help(verb_name: str) -> str:
     """Return the help of one verb: its usage, and tables of all keys that it takes."""
-    verb = VERBS[verb_name]
-    specs = list(declared_arguments(verb.declaration).values()) if verb.declaration else []
+    from vlbench.command_line.declarations import DECLARATIONS
+    from vlbench.command_line.parser import declared_arguments
+    from vlbench.text_tables import format_table
+
+    verb, declaration = VERBS[verb_name], DECLARATIONS.get(verb_name)
+    specs = list(declared_arguments(declaration).values()) if declaration else []
     required = [spec.usage for spec in specs if spec.is_required]
     if verb.takes_recipe_keys and "recipe=" not in " ".join(required):
         required.insert(0, "recipe=NAME")

@@ -17,6 +17,7 @@ from vlbench.connector.option_schema import ConnectorOption
 from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
 from vlbench.data.mapped_sources import mapping_files
 from vlbench.errors import UserError, one_line
+from vlbench.garbage_collection import pause_garbage_collection
 from vlbench.strict_values import kind_label, yaml_text
 from vlbench.text_files import read_text, split_lines
 from vlbench.text_tables import format_table
@@ -49,8 +50,9 @@ def connector_cost_lines(size: str) -> list[str]:
     known = {
         name: recipe.load_recipe(["recipe=yivl_llava", *words]) for name, words in recipes.items()
     }
-    from vlbench.connector.blank_inputs import QUESTION_TOKENS
-    from vlbench.model.connector_cost import ConnectorCostCounter
+    with pause_garbage_collection():
+        from vlbench.connector.blank_inputs import QUESTION_TOKENS
+        from vlbench.model.connector_cost import ConnectorCostCounter
 
     first = next(iter(known.values()))  # all have the same encoder and language model
     side = list(first.stages.values())[-1].image_size

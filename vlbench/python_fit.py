@@ -12,6 +12,7 @@ from vlbench.config import recipe as recipes
 from vlbench.distributed.launcher import is_launched
 from vlbench.distributed.machine_limits import check_machine_limits
 from vlbench.errors import UserError
+from vlbench.garbage_collection import pause_garbage_collection
 from vlbench.train.run_results_file import read_results
 from vlbench.verbs import resolve_recipe
 
@@ -39,7 +40,8 @@ def fit_keys(keys: Mapping[str, Any]) -> TrainedRun | None:
     recipe = recipes.load_recipe(words)
     recipes.require_data(recipe.size, recipe.selected_data)
     check_machine_limits(recipe.trainer, recipe.data_by_key, is_launched())
-    from vlbench.fit_command import train_and_evaluate  # here: it imports torch
+    with pause_garbage_collection():
+        from vlbench.fit_command import train_and_evaluate  # here: it imports torch
 
     _, run = train_and_evaluate(resolve_recipe(words))
     if run is None:

@@ -1,6 +1,7 @@
-"""The verbs of the command line: what each takes, and the one function that it calls.
+"""The verbs of the command line: what each is for, and the one function that it calls.
 
-Modules that import torch are imported inside of the functions, after the words have been checked.
+Modules are imported inside of the functions: the help of the program needs none of them, and those
+that import torch come after the words have been checked.
 """
 
 from __future__ import annotations
@@ -8,27 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from typing import TYPE_CHECKING, NamedTuple
 
-from vlbench.command_line.arguments import (
-    ChatArguments,
-    CheckArguments,
-    ConnectorTestArguments,
-    EvalArguments,
-    ExportArguments,
-    GraftArguments,
-    ListArguments,
-    PackArguments,
-    PlanArguments,
-    ScoreArguments,
-    ServeArguments,
-)
-from vlbench.command_line.compare_arguments import CompareArguments, ReportArguments
-from vlbench.command_line.parser import (
-    VerbDeclaration,
-    parse_arguments,
-    split_arguments,
-)
-from vlbench.command_line.task_words import parse_eval_words
-from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS
+from vlbench.garbage_collection import pause_garbage_collection
 
 if TYPE_CHECKING:
     from vlbench.config.schema import Recipe
@@ -41,8 +22,6 @@ class VerbEntry(NamedTuple):
     run_verb: Callable[[list[str]], int]
     example: str
     """Words behind the verb that make a whole command."""
-    declaration: type[VerbDeclaration] | None = None
-    """The verb's own keys; None where it has none."""
     takes_recipe_keys: bool = False
 
 
@@ -66,7 +45,8 @@ def run_fit(words: list[str]) -> int:
         check_machine_limits(recipe.trainer, recipe.data_by_key, is_launched())
     if recipe.trainer.world_size > 1 and not is_launched():
         return launch_processes(["fit", *words], recipe.trainer)
-    from vlbench import fit_command  # after the checks, as it imports torch
+    with pause_garbage_collection():
+        from vlbench import fit_command  # after the checks, as it imports torch
 
     exit_code, _ = fit_command.train_and_evaluate(resolve_recipe(words))
     return exit_code
@@ -74,14 +54,20 @@ def run_fit(words: list[str]) -> int:
 
 def run_eval(words: list[str]) -> int:
     """Evaluate a model."""
+    from vlbench.command_line.task_words import parse_eval_words
+
     tasks = parse_eval_words(words)
-    from vlbench.evaluate.eval_command import run_eval as evaluate_model
+    with pause_garbage_collection():
+        from vlbench.evaluate.eval_command import run_eval as evaluate_model
 
     return evaluate_model(tasks)
 
 
 def run_score(words: list[str]) -> int:
     """Score answers to a benchmark."""
+    from vlbench.command_line.arguments import ScoreArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ScoreArguments, words)
     from vlbench.evaluate.score_command import run_score as score_answers
 
@@ -90,6 +76,10 @@ def run_score(words: list[str]) -> int:
 
 def run_chat(words: list[str]) -> int:
     """Talk to a model."""
+    from vlbench.command_line.arguments import ChatArguments
+    from vlbench.command_line.parser import parse_arguments
+    from vlbench.model.generation.sampling_options import TRANSFORMERS_HINTS
+
     arguments = parse_arguments(ChatArguments, words, hints=TRANSFORMERS_HINTS)
     from vlbench.serve.chat_command import run_chat as talk
 
@@ -98,6 +88,9 @@ def run_chat(words: list[str]) -> int:
 
 def run_serve(words: list[str]) -> int:
     """Serve models over HTTP."""
+    from vlbench.command_line.arguments import ServeArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ServeArguments, words)
     from vlbench.serve.serve_command import run_serve as serve_models
 
@@ -106,8 +99,12 @@ def run_serve(words: list[str]) -> int:
 
 def run_export(words: list[str]) -> int:
     """Write a model in a layout that others load."""
+    from vlbench.command_line.arguments import ExportArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ExportArguments, words)
-    from vlbench.serve.export_command import run_export as write_model
+    with pause_garbage_collection():
+        from vlbench.serve.export_command import run_export as write_model
 
     return write_model(arguments)
 
@@ -116,12 +113,15 @@ def run_check(words: list[str]) -> int:
     """Check the data of a recipe."""
     from pathlib import Path
 
+    from vlbench.command_line.arguments import CheckArguments
+    from vlbench.command_line.parser import split_arguments
     from vlbench.config import recipe as recipes
 
     arguments, recipe_words = split_arguments(CheckArguments, words, recipe_key_names())
     recipe = recipes.load_recipe(recipe_words)
     recipes.require_data(recipe.size, recipe.selected_data)
-    from vlbench.check.check_command import run_check as check_data  # after the checks, as above
+    with pause_garbage_collection():
+        from vlbench.check.check_command import run_check as check_data  # after the checks
 
     recipe = resolve_recipe(recipe_words)
     return check_data(recipe, Path(arguments.out or f"checks/{recipe.recipe}-{recipe.size}"))
@@ -129,8 +129,12 @@ def run_check(words: list[str]) -> int:
 
 def run_pack(words: list[str]) -> int:
     """Pack a data set into shards."""
+    from vlbench.command_line.arguments import PackArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(PackArguments, words)
-    from vlbench.data.write_shards import run_pack as pack_data
+    with pause_garbage_collection():
+        from vlbench.data.write_shards import run_pack as pack_data
 
     return pack_data(arguments)
 
@@ -140,7 +144,8 @@ def run_compare(words: list[str]) -> int:
     from vlbench.compare.experiment.grid import parse_grid
 
     grid = parse_grid(words)
-    from vlbench.compare.experiment.compare_command import run_compare as compare_recipes
+    with pause_garbage_collection():
+        from vlbench.compare.experiment.compare_command import run_compare as compare_recipes
 
     return compare_recipes(grid)
 
@@ -150,7 +155,8 @@ def run_plan(words: list[str]) -> int:
     from vlbench.planner.options import parse_plan_options
 
     options = parse_plan_options(words)
-    from vlbench.planner.plan_command import run_plan as plan_training
+    with pause_garbage_collection():
+        from vlbench.planner.plan_command import run_plan as plan_training
 
     return plan_training(options)
 
@@ -160,13 +166,17 @@ def run_graft(words: list[str]) -> int:
     from vlbench.graft.graft_options import parse_graft_options
 
     options = parse_graft_options(words)
-    from vlbench.graft.graft_command import run_graft as graft_parts
+    with pause_garbage_collection():
+        from vlbench.graft.graft_command import run_graft as graft_parts
 
     return graft_parts(options)
 
 
 def run_report(words: list[str]) -> int:
     """Compare finished runs."""
+    from vlbench.command_line.compare_arguments import ReportArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ReportArguments, words)
     from vlbench.compare.report.report_command import run_report as report_runs
 
@@ -183,14 +193,21 @@ def run_show(words: list[str]) -> int:
 
 def run_test_connector(words: list[str]) -> int:
     """Check a connector."""
+    from vlbench.command_line.arguments import ConnectorTestArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ConnectorTestArguments, words)
-    from vlbench.contract_checks.contract_command import run_contract_command
+    with pause_garbage_collection():
+        from vlbench.contract_checks.contract_command import run_contract_command
 
     return run_contract_command(arguments)
 
 
 def run_list(words: list[str]) -> int:
     """Print what recipes can name."""
+    from vlbench.command_line.arguments import ListArguments
+    from vlbench.command_line.parser import parse_arguments
+
     arguments = parse_arguments(ListArguments, words)
     from vlbench import listing
 
@@ -205,7 +222,8 @@ def resolve_recipe(words: list[str]) -> Recipe:
     recipe = recipes.load_recipe(words)
     if not recipe.init:
         return recipe
-    from vlbench.train.resume import inherited_keys  # it imports torch
+    with pause_garbage_collection():
+        from vlbench.train.resume import inherited_keys  # it imports torch
 
     return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
 
@@ -229,71 +247,60 @@ VERBS = {
         "evaluate a model on its own questions, a file, or a benchmark",
         run_eval,
         "model=RUN task=mmmu,cmmmu limit=100 blank=true",
-        EvalArguments,
     ),
     "score": VerbEntry(
         "score answers to MMMU or CMMMU as the benchmarks' own code does",
         run_score,
         "task=mmmu answers=FILE protocol=official",
-        ScoreArguments,
     ),
     "chat": VerbEntry(
         "talk to a run, a checkpoint or a released model",
         run_chat,
         "model=RUN image=FILE question='What is it?'",
-        ChatArguments,
     ),
     "serve": VerbEntry(
         "answer over HTTP as OpenAI's API does, with one model or several",
         run_serve,
         "model=RUN port=8000",
-        ServeArguments,
     ),
     "export": VerbEntry(
         "write a run, a checkpoint or a released model in a layout that others load",
         run_export,
         "model=RUN out=DIR format=hf_llava dtype=bf16",
-        ExportArguments,
     ),
     "check": VerbEntry(
         "check all data of a recipe before training: faults, lengths, supervised tokens",
         run_check,
         "recipe=yivl_llava data.train=FILE.json data.images=FOLDER out=DIR",
-        CheckArguments,
         takes_recipe_keys=True,
     ),
     "plan": VerbEntry(
         "say what a training needs before it is paid for: memory, time, what fits",
         run_plan,
         "recipe=yivl_llava size=34b trainer.devices=8 trainer.num_nodes=16 price=2",
-        PlanArguments,
         takes_recipe_keys=True,
     ),
     "graft": VerbEntry(
         "say whether a vision encoder, a connector and a language model fit; write their recipe",
         run_graft,
         "vision=ViT-L-14 language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
-        GraftArguments,
         takes_recipe_keys=True,
     ),
     "pack": VerbEntry(
         "pack a data set into shards (tar files) that stream from disk",
         run_pack,
         "data=FILE.json images=FOLDER out=DIR",
-        PackArguments,
     ),
     "compare": VerbEntry(
         "train every recipe with every seed, and report the differences",
         run_compare,
         "recipe=yivl_llava,yivl_qformer seeds=3 match=params",
-        CompareArguments,
         takes_recipe_keys=True,
     ),
     "report": VerbEntry(
         "compare finished runs: intervals, differences, costs; count votes",
         run_report,
         "RUN RUN out=FILE.html",
-        ReportArguments,
     ),
     "show": VerbEntry(
         "print a resolved recipe",
@@ -305,12 +312,10 @@ VERBS = {
         "print recipes, sizes, connectors, vision encoders and layouts of data",
         run_list,
         "connectors size=6b",
-        ListArguments,
     ),
     "test-connector": VerbEntry(
         "check that a connector keeps the contract, on a small random model",
         run_test_connector,
         "connectors/mine.py connector.heads=2",
-        ConnectorTestArguments,
     ),
 }

@@ -16,6 +16,7 @@ from vlbench.command_line.arguments import ChatArguments
 from vlbench.data.image_download import download_image
 from vlbench.data.image_processing import open_image
 from vlbench.errors import UserError, suggest_name
+from vlbench.garbage_collection import pause_garbage_collection
 from vlbench.printable_streams import QuotedPieces
 
 if TYPE_CHECKING:
@@ -39,8 +40,9 @@ def run_chat(arguments: ChatArguments) -> int:
         raise UserError("chat needs question=TEXT where standard input is closed")
     # before the model, which takes seconds to load
     images = [image for name in arguments.image for _, image in resolve_images(name)]
-    from vlbench.load_model import load_chosen_model  # it imports torch
-    from vlbench.train.model_names import folder_model_names
+    with pause_garbage_collection():
+        from vlbench.load_model import load_chosen_model  # it imports torch
+        from vlbench.train.model_names import folder_model_names
 
     vlm = load_chosen_model(arguments)
     options = {key: getattr(arguments, key) for key in GENERATION_KEYS}

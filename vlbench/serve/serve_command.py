@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from vlbench.command_line.arguments import ServeArguments
 from vlbench.errors import UserError
+from vlbench.garbage_collection import pause_garbage_collection
 from vlbench.text_files import format_json
 
 if TYPE_CHECKING:
@@ -32,10 +33,11 @@ def run_serve(arguments: ServeArguments) -> int:
     if missing:
         packages = " and ".join(missing)
         raise UserError(f"serve needs {packages}, which are not here: pip install 'vlbench[serve]'")
-    from vlbench.load_model import find_model_folder
-    from vlbench.serve.api.app import create_app
-    from vlbench.serve.api.http_server import ApiServer, bind_socket
-    from vlbench.serve.api.served_model import choose_model_names
+    with pause_garbage_collection():
+        from vlbench.load_model import find_model_folder
+        from vlbench.serve.api.app import create_app
+        from vlbench.serve.api.http_server import ApiServer, bind_socket
+        from vlbench.serve.api.served_model import choose_model_names
 
     settings = read_settings(arguments)
     paths = split_paths(arguments.model)
@@ -132,10 +134,11 @@ def split_paths(text: str) -> list[str]:
 
 def load_served_model(name: str, path: str, arguments: ServeArguments) -> ServedModel:
     """Load a model and start its engine."""
-    from vlbench.load_model import load_model
-    from vlbench.model.generation.decoding_state import CompiledDecodeStep
-    from vlbench.serve.api.served_model import ServedModel
-    from vlbench.serve.generation_engine import GenerationEngine
+    with pause_garbage_collection():
+        from vlbench.load_model import load_model
+        from vlbench.model.generation.decoding_state import CompiledDecodeStep
+        from vlbench.serve.api.served_model import ServedModel
+        from vlbench.serve.generation_engine import GenerationEngine
 
     vlm = load_model(
         path,

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from tqdm.auto import tqdm
-from tqdm.notebook import tqdm_notebook
 
 from vlbench.connector.base import Connector
 from vlbench.data.optimizer_step import OptimizerStep
@@ -94,7 +93,10 @@ def can_show_bar(bar_class: type) -> bool:
 
     Elsewhere, in a notebook without ipywidgets too, there are lines.
     """
-    return sys.stderr.isatty() or issubclass(bar_class, tqdm_notebook)
+    if sys.stderr.isatty():
+        return True
+    notebook = sys.modules.get("tqdm.notebook")  # `tqdm.auto` imports it in notebooks alone
+    return notebook is not None and issubclass(bar_class, notebook.tqdm_notebook)
 
 
 class ProgressCallback(StageCallback):
