@@ -101,6 +101,16 @@ def test_every_verb_has_help(verb, capsys):
         assert all(row.help in text for row in key_table.key_rows())
 
 
+def test_help_of_a_verb_may_be_asked_for_in_both_orders(capsys):
+    assert main(["export", "--help"]) == 0
+    table = capsys.readouterr().out
+    for flag in HELP_FLAGS:
+        assert main([flag, "export"]) == 0
+        assert capsys.readouterr().out == table
+    assert main(["help", "exprot"]) == 2
+    assert "Did you mean 'export'?" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 def test_the_example_of_every_verb_is_understood(verb):
     words = shlex.split(VERBS[verb].example)

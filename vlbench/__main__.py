@@ -35,7 +35,7 @@ def is_help_printed(argv: list[str]) -> bool:
 
     It takes a fifth of the time of `run_command`, which says what is wrong with standard output.
     """
-    if not argv or argv[0] not in HELP_FLAGS:
+    if len(argv) != 1 or argv[0] not in HELP_FLAGS:
         return False
     with contextlib.suppress(OSError):
         print(program_help(), flush=True)

@@ -128,6 +128,8 @@ def silence_pil_logging() -> Iterator[None]:
 
 def dispatch_verb(argv: list[str]) -> int:
     """Call the verb that the first word names with the others."""
+    if len(argv) > 1 and argv[0] in HELP_FLAGS:  # `help fit` is `fit --help`
+        argv = [argv[1], HELP_FLAGS[0]]
     if not argv or argv[0] in HELP_FLAGS:
         print(program_help())
         return 0 if argv else 2
