@@ -15,7 +15,7 @@ from asked_conversations import recomputed
 from native_models import SIZES, native_sample, native_vlm, write_native_encoder
 from PIL import Image
 from random_vlm import NoiseImage, make_batch, make_sample
-from row_gradients import learn
+from row_gradients import learn, two_process_differences
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -29,6 +29,7 @@ from vlbench.evaluate.view_map import WHOLE_IMAGE, find_map_box, map_image
 from vlbench.model.generation.kv_cache import PrefixCache
 from vlbench.model.generation.prefix_pool import position_keys
 from vlbench.model.view_tokens import newline_of
+from vlbench.text_files import read_csv
 from vlbench.train import checkpoint_files
 
 SAMPLES = [native_sample(1), native_sample(2, 2), make_sample(3, 0), native_sample(14)]
@@ -48,6 +49,17 @@ def test_packed_alone_and_in_another_order_learn_the_same(connector):
             away = float((found[name] - value).abs().max())
             near = 1e-5 if name.endswith("pos_embed") else 1e-9  # timm resizes it in float32
             assert away <= near * max(1e-3, float(value.abs().max())), name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("wrap", ["sharded", "replicated"])
+@pytest.mark.parametrize("connector", ["llava_mlp", "deepstack"])
+def test_two_processes_have_the_gradients_of_one(wrap, connector):
+    """Each has its own samples and shapes; one has text alone in its second micro-batch."""
+    shares = [[SAMPLES[:2], [SAMPLES[2]]], [[SAMPLES[3]], [native_sample(5)]]]
+    near = {"": 1e-8, "pos_embed": 1e-5}  # timm resizes position embeddings in float32
+    found = two_process_differences(lambda: native_vlm(connector), shares, wrap, near)
+    assert found == [[], []]
 
 
 def test_an_image_takes_a_position_for_each_patch_and_a_newline_behind_each_row():
@@ -186,6 +198,16 @@ def test_a_resumed_run_is_the_run_bit_for_bit(words, trained, tmp_path):
     again, whole = weights(folder), weights(trained)
     assert again.keys() == whole.keys()
     assert all(again[key].equal(whole[key]) for key in whole)
+
+
+@pytest.mark.slow
+def test_half_precision_begins_with_the_same_losses(words, trained, tmp_path):
+    assert main(["fit", *words, *FIT, "precision=bf16", f"run={tmp_path / 'half'}"]) == 0
+    half, whole = (
+        [float(row["loss"]) for row in read_csv(folder / "metrics.csv")]
+        for folder in (tmp_path / "half", trained)
+    )
+    assert half == pytest.approx(whole, rel=0.02) and half != whole
 
 
 @pytest.mark.slow

@@ -10,13 +10,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from forked_processes import run_in_processes
 from PIL import Image
 from random_vlm import SMALL, NoiseImage, make_batch, make_sample, open_gates, small_vlm
-from row_gradients import gradients, learn
+from row_gradients import learn, two_process_differences
 from safetensors.torch import load_file
-from torch import Tensor, distributed
-from torch.nn.parallel import DistributedDataParallel
+from torch import Tensor
 
 import vlbench
 from vlbench.__main__ import main
@@ -27,7 +25,6 @@ from vlbench.data.image_tiling import ImageTiling
 from vlbench.data.sample import Sample
 from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
-from vlbench.model.fsdp_wrapping import apply_fsdp
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.view_tokens import newline_of
 from vlbench.train import checkpoint_files
@@ -130,28 +127,10 @@ def test_a_batch_without_images_gives_the_newline_a_gradient():
 def test_two_processes_have_the_gradients_of_one(wrap, connector):
     """Each has its own samples; one has text alone in its second micro-batch."""
     shares = [[SAMPLES[:2], [SAMPLES[2]]], [[SAMPLES[3]], [SAMPLES[4]]]]
-    vlm = open_gates(tiled_vlm(connector=connector).to(torch.float64))
-    for row in (row for share in shares for row in share):
-        (vlm(make_batch(vlm, [row]).to("cpu", torch.float64)).loss_sum / 2).backward()
-    expected = gradients(vlm.model)
-
-    def compare(rank: int) -> list[str]:
-        own = open_gates(tiled_vlm(connector=connector).to(torch.float64))
-        if wrap == "sharded":
-            call = apply_fsdp(own.model, distributed.device_mesh.init_device_mesh("cpu", (2,)))
-        else:
-            call = DistributedDataParallel(own.model)
-        for row in shares[rank]:
-            call(make_batch(own, [row]).to("cpu", torch.float64)).loss_sum.backward()
-        found = gradients(own.model)
-        assert found.keys() == expected.keys()
-        return [
-            name
-            for name, value in expected.items()
-            if float((found[name] - value).abs().max()) > 1e-8 * max(1, float(value.abs().max()))
-        ]
-
-    assert run_in_processes(compare) == [[], []]
+    found = two_process_differences(
+        lambda: open_gates(tiled_vlm(connector=connector)), shares, wrap, {"": 1e-8}
+    )
+    assert found == [[], []]
 
 
 def test_a_new_image_size_keeps_the_newline():
