@@ -22,6 +22,7 @@ from vlbench.config.recipe import load_recipe
 from vlbench.train import checkpoint_files, lightning_trainer
 from vlbench.train.lightning_trainer import build_trainer
 from vlbench.train.progress_logging import METRIC_COLUMNS, truncate_metrics
+from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.step_report import SEEN_COUNTS
 
@@ -274,10 +275,15 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
     said = capsys.readouterr().err
     assert "step 1: loss is not finite, step skipped; samples: " in said
     assert "2 steps in a row" in said
+    reason = said.splitlines()[-1].removeprefix("vlbench: ")
+    assert RunFolder(tmp_path / "nan").read_divergence() == reason
     short = ["stages.align_224.steps=1", f"run={tmp_path / 'short'}"]
     words = [word for word in SHORT if not word.startswith("stages.align_224.steps")]
     assert main([*words, *short]) == 2  # a stage of which nothing was learned is none
     assert "1 steps in a row" in capsys.readouterr().err
+    monkeypatch.setattr(VLM, "forward", forward)
+    assert main([*words, *short]) == 0  # it is tried again, and nothing says that it diverged
+    assert not RunFolder(tmp_path / "short").read_divergence()
 
 
 def test_a_dry_run_does_one_step_of_every_stage_and_keeps_nothing(

@@ -39,7 +39,9 @@ def training(position: int, loss: float, norm: float, precision: str = "bf16-mix
 )
 def test_a_line_says_what_was_not_finite(loss, norm, what):
     said: list[str] = []
-    NonFiniteGuard("chat", 5, said.append).on_step_end(training(3, loss, norm), step("a", "b"))
+    NonFiniteGuard("chat", 5, said.append, said.append).on_step_end(
+        training(3, loss, norm), step("a", "b")
+    )
     (line,) = said
     assert line.startswith(f"stage chat, step 3: {what} is not finite, step skipped; samples: a, b")
     assert line.endswith(f"; loss {loss:.4g}, norm of the gradient {norm:.4g}")
@@ -47,7 +49,7 @@ def test_a_line_says_what_was_not_finite(loss, norm, what):
 
 def test_finite_steps_say_nothing_and_begin_anew():
     said: list[str] = []
-    watcher = NonFiniteGuard("chat", 2, said.append)
+    watcher = NonFiniteGuard("chat", 2, said.append, said.append)
     for number, norm in enumerate([math.inf, 1.0, math.inf, 1.0], 1):
         watcher.on_step_end(training(number, 2.5, norm), step("a"))
     assert len(said) == 2
@@ -63,11 +65,13 @@ def test_finite_steps_say_nothing_and_begin_anew():
 )
 @pytest.mark.parametrize("precision", ["32-true", "bf16-mixed"])
 def test_several_in_a_row_end_the_stage_with_what_helps(losses, what, precision):
-    watcher = NonFiniteGuard("chat", 2, lambda _: None)
+    noted: list[str] = []
+    watcher = NonFiniteGuard("chat", 2, lambda _: None, noted.append)
     watcher.on_step_end(training(4, losses[0], math.inf, precision), step("a"))
     with pytest.raises(UserError) as caught:
         watcher.on_step_end(training(5, losses[1], math.inf, precision), step("a"))
     said = str(caught.value)
+    assert noted == [said]
     assert f"stage chat: {what} not finite in 2 steps in a row, up to step 5" in said
     assert "connector 10, language 2e-05: stages.chat.train.PART.lr" in said
     assert ("precision=32" in said) == (precision != "32-true") and "\n" not in said

@@ -19,6 +19,7 @@ from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment import lr_sweep, run_jobs
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
+from vlbench.train.run_folder import RunFolder
 
 SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
 SAVES = """
@@ -138,6 +139,32 @@ def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
         ["bash", "my grid/array.sh"], env=env, capture_output=True, text=True, check=True
     )
     assert ran.stdout == "two words\n"
+
+
+def test_slurm_leaves_out_runs_that_have_diverged(tmp_path, monkeypatch, capsys):
+    """A trial whose rate is too high diverges each time: the comparison goes on without it."""
+    monkeypatch.chdir(tmp_path)
+    words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", "jobs=slurm", *SHORT]
+    assert main([*words, "sweep=0.5,9"]) == 0
+    assert "# 2 runs" in capsys.readouterr().out
+    low, high = (Path(f"c/sweep/yivl_llava/x{factor}") for factor in ("0.5", "9"))
+    for folder in (low, high):
+        folder.mkdir(parents=True)
+    RunFolder(high).record_divergence("stage chat: the loss was not finite")
+    assert main([*words, "sweep=0.5,9"]) == 0
+    said = capsys.readouterr()
+    assert "# 1 runs" in said.out
+    assert "rate x 9: failed: stage chat: the loss was not finite. It is left out" in said.err
+    assert f"delete {high / 'diverged.txt'}" in said.err
+    RunFolder(low).record_divergence("so was this one")
+    assert main([*words, "sweep=0.5,9"]) == 0  # the runs themselves, at the recipe's rates
+    assert "# 2 runs" in capsys.readouterr().out
+    for seed in (0, 1):
+        folder = Path(f"c/yivl_llava/seed{seed}")
+        folder.mkdir(parents=True)
+        RunFolder(folder).record_divergence("the gradient was not finite")
+    assert main([*words, "sweep=0.5,9"]) == 1  # nothing is left to train
+    assert "sbatch" not in capsys.readouterr().out
 
 
 def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):

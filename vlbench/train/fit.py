@@ -253,7 +253,12 @@ class RunTraining:
             self.graceful_stop,
             *self.user_callbacks,
             validation,
-            NonFiniteGuard(stage_run.name, max_nonfinite_steps, run_report.print_status),
+            NonFiniteGuard(
+                stage_run.name,
+                max_nonfinite_steps,
+                run_report.print_status,
+                self.run.record_divergence,
+            ),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
             self.core_sharing_notice,

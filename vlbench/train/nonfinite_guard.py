@@ -16,11 +16,18 @@ class NonFiniteGuard(StageCallback):
     """Name the samples of steps whose loss or gradient is NaN or infinite; stop after several."""
 
     def __init__(
-        self, stage_name: str, max_nonfinite_steps: int, print_line: Callable[[str], None]
+        self,
+        stage_name: str,
+        max_nonfinite_steps: int,
+        print_line: Callable[[str], None],
+        record_divergence: Callable[[str], None],
     ) -> None:
-        """Stop a stage after `max_nonfinite_steps` such steps in a row."""
+        """Stop a stage after `max_nonfinite_steps` such steps in a row.
+
+        `record_divergence` is called with the reason, in the first process.
+        """
         self.stage_name, self.max_nonfinite_steps = stage_name, max_nonfinite_steps
-        self.print_line = print_line
+        self.print_line, self.record_divergence = print_line, record_divergence
         self.nonfinite_streak: list[str] = []
         """`loss` or `gradient` for each of the last steps, as long as one was not finite."""
 
@@ -46,7 +53,10 @@ class NonFiniteGuard(StageCallback):
         if streak_steps >= self.max_nonfinite_steps or (
             is_last and streak_steps >= training.total_steps
         ):
-            raise collectives.error_for_rank(UserError(self._give_up_message(training)))
+            reason = self._give_up_message(training)
+            if collectives.is_rank_zero():
+                self.record_divergence(reason)
+            raise collectives.error_for_rank(UserError(reason))
 
     def _give_up_message(self, training: VLMTrainingModule) -> str:
         quantities = sorted(set(self.nonfinite_streak), reverse=True)

@@ -27,7 +27,7 @@ from vlbench.model.weights.weight_origin import (
 )
 from vlbench.strict_values import format_value
 from vlbench.system_errors import FULL_DISK_REASONS
-from vlbench.text_files import read_json, write_atomically
+from vlbench.text_files import read_json, read_text, write_atomically
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_results_file import INFORMATION_FILE
@@ -60,6 +60,7 @@ class RunFolder:
         self.information_file = folder / INFORMATION_FILE
         self.quarantine_file = folder / "quarantine.jsonl"
         self.versions_file = folder / "versions.json"
+        self.divergence_file = folder / "diverged.txt"
 
     @property
     def is_described_only(self) -> bool:
@@ -103,6 +104,14 @@ class RunFolder:
     def checkpoint_path(self, position: RunPosition) -> Path:
         """Return the folder of a checkpoint."""
         return self.checkpoints_folder / position.folder_name
+
+    def record_divergence(self, reason: str) -> None:
+        """Note that the training was given up; `jobs=slurm` does not train the run again."""
+        write_atomically(self.divergence_file, reason + "\n")
+
+    def read_divergence(self) -> str:
+        """Return why the training was given up; "" for a run that has not diverged."""
+        return read_text(self.divergence_file).strip() if self.divergence_file.is_file() else ""
 
     def discard_if_empty(self) -> None:
         """Remove the folder if it holds nothing but the description of the run."""
@@ -157,6 +166,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
         if run.is_finished:
             return run
         run.checkpoints_folder.mkdir(exist_ok=True)
+        run.divergence_file.unlink(missing_ok=True)  # it is tried again
         for unfinished in run.checkpoints_folder.glob(".writing-*"):
             shutil.rmtree(unfinished)
         if not run.recipe_file.is_file():

@@ -224,19 +224,43 @@ def _shared_run_folder(grid: ComparisonGrid, row: GridRow, seed: int) -> Path | 
 def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     """Write a Slurm array script for the unfinished runs and print how to submit it.
 
-    When they have ended, the next script asks them their tasks.
+    When they have ended, the next script asks them their tasks. Runs that have diverged are left
+    out: they would diverge again, and the rest of the comparison would wait for them for ever.
     """
-    trials = [job for job in lr_sweep.trial_jobs(grid) if not RunFolder(job.folder).is_finished]
-    if grid.lr_factors and not trials:
-        grid = _apply_sweep(grid)
-    todo = trials or [job for job in _make_jobs(grid) if not _is_done(job)]
+    trials = lr_sweep.trial_jobs(grid)
+    diverged = _find_diverged(trials)
+    todo = [
+        job
+        for job in trials
+        if job.folder not in diverged and not RunFolder(job.folder).is_finished
+    ]
+    if not todo:
+        if grid.lr_factors:
+            grid = _apply_sweep(grid)
+        jobs = _make_jobs(grid)
+        diverged = _find_diverged(jobs)
+        todo = [job for job in jobs if job.folder not in diverged and not _is_done(job)]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
-        return _write_reports(grid, {}, [])
+        return _write_reports(grid, diverged, [])
     script = write_slurm_script(todo, grid.folder)
     command = shlex.join(["sbatch", str(script)])
     print(f"{command}  # {len(todo)} runs, one GPU each; then repeat this command")
     return 0
+
+
+def _find_diverged(jobs: Sequence[TrainingJob]) -> dict[Path, str]:
+    """Return folder -> reason of jobs that have diverged; print how they are trained again."""
+    diverged = {}
+    for job in jobs:
+        run = RunFolder(job.folder)
+        if reason := run.read_divergence():
+            diverged[job.folder] = reason
+            print_status(
+                f"{job.title}: failed: {reason}. It is left out; to train it again, delete "
+                f"{run.divergence_file}"
+            )
+    return diverged
 
 
 def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Sequence[str]) -> int:
