@@ -63,13 +63,17 @@ def connector_cost_lines(size: str) -> list[str]:
         try:
             connector_class = registry.load_connector(name)
             connector = counter.build_connector(connector_class, one.model.connector_options)
+            costs = (
+                f"{counter.count_parameters(connector):,}",
+                str(connector.tokens_per_image),
+                str(counter.count_latents(connector)),
+                f"{counter.count_flops(connector) / 1e12:.3g}",
+            )
         except ValueError as error:  # of its options, for an encoder or language model of this size
             rows.append((name, "-", "-", "-", "-"))
             unfit.append(one_line(f"{name} does not fit: {error}"))
             continue
-        parameters, latents = counter.count_parameters(connector), counter.count_latents(connector)
-        flops = f"{counter.count_flops(connector) / 1e12:.3g}"
-        rows.append((name, f"{parameters:,}", str(connector.tokens_per_image), str(latents), flops))
+        rows.append((name, *costs))
     return [
         *format_table(rows, "<>"),
         *unfit,

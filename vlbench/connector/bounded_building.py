@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import inspect
 import os
 import sys
 from collections.abc import Mapping
@@ -16,6 +15,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vlbench.connector.base import Connector, Shapes
+from vlbench.connector.declared_attributes import check_attributes
 from vlbench.connector.option_schema import check_option_size
 
 MAX_NEW_TENSORS = 8_000
@@ -31,9 +31,8 @@ def build_connector(
 
     Raises:
         ValueError: when an option is a number that is no size, when the connector would have more
-            tensors than any has, or more bytes than this machine has memory; when it reads a class
-            token and there is none; when forward does not take what `question_length` says; and
-            whatever `__init__` raises.
+            tensors than any has, or more bytes than this machine has memory; when its attributes
+            cannot be what they say (`check_attributes`); and whatever `__init__` raises.
     """
     name = connector_module_name(connector_class)
     for key, value in options.items():
@@ -43,33 +42,8 @@ def build_connector(
             raise ValueError(f"connector {name}: {key} {error}") from None
     with NewTensorLimit(connector_class):
         connector = connector_class(shapes, **options)
-    if connector.class_token and not shapes.has_class_token:
-        raise ValueError(
-            f"connector {name} reads the class token, and this vision encoder has none: name "
-            "another vision encoder or another connector"
-        )
-    _check_question(connector, name)
+    check_attributes(connector, shapes, name)
     return connector
-
-
-def _check_question(connector: Connector, name: str) -> None:
-    """Raise a ValueError unless a connector declares what its forward takes beside features."""
-    length = connector.question_length
-    if type(length) is not int or length < 0:
-        raise ValueError(
-            f"connector {name}: question_length is {length!r}; wanted is a whole number, 0 for none"
-        )
-    given = (None,) * (2 if length else 1)
-    for method in ("forward", "patch_attention"):
-        try:
-            inspect.signature(getattr(connector, method)).bind(*given)
-        except TypeError as error:
-            takes = "features and question" if length else "features alone"
-            remedy = "" if length else "; for question set question_length, the tokens it may have"
-            raise ValueError(
-                f"connector {name}: question_length is {length}, so {method} is given "
-                f"{takes}, and {error}{remedy}"
-            ) from None
 
 
 class NewTensorLimit(TorchDispatchMode):

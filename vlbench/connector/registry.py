@@ -6,10 +6,12 @@ asked for is imported; a name that is defined twice is refused.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.metadata
 import inspect
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from traceback import walk_tb
 from types import ModuleType
@@ -182,6 +184,22 @@ def blame_connector_file(error: Exception) -> None:
     ]
     if locations:
         raise UserError(f"{locations[-1]}: {_typed_line(error)}") from error
+
+
+@contextlib.contextmanager
+def blame_connector_errors(left_alone: type[Exception] = UserError) -> Iterator[None]:
+    """Let errors of a connector's own code leave `with` as a UserError with file and line.
+
+    Errors of the type `left_alone` stay as they are: a connector that is built says in a ValueError
+    what does not fit.
+    """
+    try:
+        yield
+    except left_alone:
+        raise
+    except Exception as error:
+        blame_connector_file(error)
+        raise
 
 
 def _unknown_option(name: str, option_name: str, known: dict[str, ConnectorOption]) -> str:

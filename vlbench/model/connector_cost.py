@@ -16,9 +16,11 @@ import torch
 
 from vlbench.compat.transformers_internals import passed_through_mask
 from vlbench.config.model_schema import LanguageModelConfig, VisionEncoderConfig
+from vlbench.connector import registry
 from vlbench.connector.base import Connector
 from vlbench.connector.blank_inputs import QUESTION_TOKENS, blank_inputs
 from vlbench.connector.bounded_building import build_connector
+from vlbench.connector.declared_attributes import check_injected, check_levels
 from vlbench.connector.levels import Levels, as_levels
 from vlbench.data.reference_image import REFERENCE_NAME, tile_reference
 from vlbench.data.view_layout import ViewLayout
@@ -140,10 +142,10 @@ class ConnectorCostCounter:
         """Return the connector on `meta` at the last stage's image size.
 
         Raises:
-            ValueError: when the options or blocks that are read do not fit, or an image fills the
-                whole text.
+            ValueError: when the options or blocks that are read do not fit, an image fills the
+                whole text, or the connector's own code fails.
         """
-        with torch.device("meta"):
+        with torch.device("meta"), registry.blame_connector_errors(left_alone=ValueError):
             built = build_connector(connector_class, self.stage_shapes[-1], options)
         self.encoder.read_blocks(built.vision_layers, built.class_token)
         positions = self._image_cost(built).positions
@@ -185,8 +187,9 @@ class ConnectorCostCounter:
         """Count the visual tokens of an image that decoder layers attend to."""
         if not connector.inject_layers:
             return 0
-        with torch.no_grad():
+        with torch.no_grad(), registry.blame_connector_errors():
             visual: Levels = connector(*self._blank_inputs(connector))
+            check_levels(connector, visual)
         return self._image_cost(connector).views * connector.count_latents(visual)
 
     def count_flops(self, connector: Connector) -> int:
@@ -224,10 +227,13 @@ class ConnectorCostCounter:
         length = image.positions + QUESTION_TOKENS
         hidden = torch.zeros(1, length, self.lm_config.hidden_size, device="meta")
         where = text_places(length, hidden.device, image.views)
-        with torch.no_grad(), counted_flops() as counter:
+        with torch.no_grad(), counted_flops() as counter, registry.blame_connector_errors():
             visual = connector(*self._blank_inputs(connector, image.views))
+            check_levels(connector, visual)
             for layer in connector.inject_layers:
-                connector.inject(layer, hidden, visual, where)
+                check_injected(
+                    connector, layer, hidden, connector.inject(layer, hidden, visual, where)
+                )
         return counter.get_total_flops()
 
     def _image_cost(self, connector: Connector) -> ImageCost:

@@ -20,18 +20,19 @@ from vlbench.compat.transformers_internals import (
 from vlbench.config.key_types import PART_NAMES
 from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
+from vlbench.connector.declared_attributes import check_injected, check_levels
 from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.connector.question import Question
 from vlbench.data.packing import PackedBatch, number_image_tokens, number_image_views
 from vlbench.errors import UserError
 from vlbench.model.activation_checkpointing import checkpoint_blocks
+from vlbench.model.connector_adaptation import load_adapted_state
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
 from vlbench.model.view_tokens import (
-    NEWLINE_NAME,
     add_newline,
     arrange_tokens,
     mark_newlines,
@@ -142,11 +143,7 @@ class VLM(nn.Module):
             connector = self._build_connector()
             with NewTensorLimit(type(connector)):
                 connector.prepare_objective(self.objective)
-            newline = {k: old_state.pop(k) for k in (NEWLINE_NAME,) if k in old_state}
-            adapted = {**connector.adapt(old_state, old_shapes), **newline}
-            connector.load_state_dict(adapted, strict=True)
-            old_tensor = next(iter(adapted.values()))
-            move_and_cast(connector, old_tensor.dtype, old_tensor.device)
+            load_adapted_state(connector, old_state, old_shapes, self.shapes)
             self.connector = connector
         if device.type not in ("cpu", "meta"):
             for encoder in self.vision.encoders():
@@ -228,6 +225,7 @@ class VLM(nn.Module):
         """Return the visual tokens `[images, tokens, width]` of a batch, or their levels."""
         features = self.extract_features(batch)
         visual: Levels = self.connector(*self.connector_inputs(batch, features))
+        check_levels(self.connector, visual)
         return visual
 
     def image_places(self, batch: PackedBatch) -> ImagePlaces | None:
@@ -351,6 +349,7 @@ class VLM(nn.Module):
             return VLMOutput(extra=self.connector.objective(self.objective, features, batch))
         inputs = self.connector_inputs(batch, features)
         visual = self._with_checkpointing(self.connector)(*inputs)
+        check_levels(self.connector, visual)
         hidden = self.hidden_states(batch, visual)
         if batch.labels is None:
             return VLMOutput(logits=self.logits(hidden))
@@ -379,8 +378,9 @@ def _inject_before_layer(
     hidden = decoder_layer_input(args, kwargs)
     inject = vlm._with_checkpointing(vlm.connector.inject)
     where = ImagePlaces.from_tensors(kwargs)
-    hidden = inject(layer_index, hidden, kwargs["visual"], where)
-    return replace_decoder_layer_input(args, kwargs, hidden)
+    injected = inject(layer_index, hidden, kwargs["visual"], where)
+    check_injected(vlm.connector, layer_index, hidden, injected)
+    return replace_decoder_layer_input(args, kwargs, injected)
 
 
 def connector_shapes(vision_encoder: VisionEncoder, lm_config: DecoderConfig) -> Shapes:

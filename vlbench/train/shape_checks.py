@@ -26,6 +26,7 @@ from vlbench.model.build_vlm import (
     read_view_settings,
     release_overrides,
 )
+from vlbench.model.connector_adaptation import check_adaptation
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.paired_encoder import build_encoders, check_encoder_weights
@@ -128,8 +129,9 @@ def connectors_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list
     connector_class = registry.load_connector(config.connector_name)
     connectors: dict[Shapes, Connector] = {}
     by_stage: list[Connector] = []
+    last_shapes: Shapes | None = None
     for stage_run in stage_runs:
-        try:
+        with registry.blame_connector_errors():
             with _blame_image_size(stage_run):
                 encoder.set_image_size(stage_run.stage.image_size)
                 shapes = connector_shapes(encoder, language_config)
@@ -143,12 +145,10 @@ def connectors_by_stage(config: ModelConfig, stage_runs: list[StageRun]) -> list
             check_native_aspect(encoder, connector, read_view_settings(config.vision))
             _check_view_fits(connector, config, stage_run.stage.image_size)
             encoder.read_blocks(connector.vision_layers, connector.class_token)
+            if last_shapes is not None and last_shapes != shapes:
+                check_adaptation(connector, by_stage[-1], last_shapes, shapes)
+            last_shapes = shapes
             by_stage.append(connector)
-        except UserError:
-            raise
-        except Exception as error:
-            registry.blame_connector_file(error)
-            raise
     return by_stage
 
 
