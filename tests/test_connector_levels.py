@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from random_vlm import assert_later_images_are_cached, make_batch, make_sample, small_vlm
@@ -96,13 +97,29 @@ def test_the_encoder_runs_once_and_stops_at_the_last_block_that_is_read():
         assert len(vlm.vision.state_dict()) == len(small_vlm(Stacked).vision.state_dict())
 
 
-@pytest.mark.parametrize("layer", [3, -4, 0.5, "a"])
-def test_a_block_that_is_not_there_is_refused(layer: Any):
+@pytest.mark.parametrize(
+    ("layer", "said"),
+    [
+        (3, "reads block 3 .* has 3 blocks, so -3 to 2"),
+        (-4, "reads block -4 .* has 3 blocks, so -3 to 2"),
+        (0.5, r"vision_layers is \(0, 0.5, 1\); wanted are whole numbers"),
+        ("a", r"vision_layers is \(0, 'a', 1\); wanted are whole numbers"),
+        (True, r"vision_layers is \(0, True, 1\); wanted are whole numbers"),
+    ],
+)
+def test_a_block_that_is_not_there_is_refused(layer: Any, said: str):
     class Deep(Stacked):
         vision_layers = (0, layer, 1)
 
-    with pytest.raises(UserError, match=f"reads block {layer} .* has 3 blocks, so -3 to 2"):
+    with pytest.raises(UserError, match=said):
         small_vlm(Deep)
+
+
+def test_numbers_of_numpy_are_whole_numbers():
+    class Numbered(Stacked):
+        vision_layers = (np.int64(0), -1)  # type: ignore[assignment]
+
+    assert run_blocks(small_vlm(Numbered)) == [0, 1, 2]
 
 
 def test_every_image_position_knows_its_token():

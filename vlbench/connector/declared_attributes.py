@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from numbers import Integral
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
 
@@ -49,8 +50,12 @@ def check_attributes(connector: Connector, shapes: Shapes, name: str) -> None:
     _check_question(connector, name)
 
 
+def _is_whole(value: object) -> TypeGuard[int]:
+    return isinstance(value, Integral) and not isinstance(value, bool)  # numpy's are, too
+
+
 def _check_whole_number(name: str, attribute: str, value: object, least: int) -> None:
-    if type(value) is not int or value < least:
+    if not _is_whole(value) or value < least:
         none = ", 0 for none" if not least else f" of at least {least}"
         raise ValueError(
             f"connector {name}: {attribute} is {value!r}; wanted is a whole number{none}"
@@ -58,8 +63,7 @@ def _check_whole_number(name: str, attribute: str, value: object, least: int) ->
 
 
 def _check_numbers(name: str, attribute: str, value: object) -> None:
-    is_sequence = isinstance(value, Sequence) and not isinstance(value, str)
-    if not is_sequence or any(type(one) is not int for one in value):  # type: ignore[attr-defined]
+    if not isinstance(value, Sequence) or not all(map(_is_whole, value)):
         raise ValueError(
             f"connector {name}: {attribute} is {value!r}; wanted are whole numbers in a tuple, "
             "as (3,) for one"
