@@ -190,6 +190,22 @@ REFUSED: dict[str, tuple[Record, str]] = {
         {"image": "a.jpg", "image_2": "http://x/b.jpg", "conversations": TAGGED},
         "'image_2' is not read",
     ),
+    "an image of that name in another folder": (
+        {
+            "image": "edited/0001.png",
+            "source_image": "original/0001.png",
+            "conversations": TAGGED,
+        },
+        "'source_image' is not read",
+    ),
+    "an image in a mapping, of that name in another folder": (
+        {
+            "image": "edited/0001.png",
+            "source_image": {"path": "original/0001.png", "bytes": None},
+            "conversations": TAGGED,
+        },
+        "'source_image' is not read",
+    ),
     "image in a turn": (
         {"conversations": [{**PLAIN[0], "image": "a.jpg"}, ANSWER]},
         "turn 1: 'image' is not read",

@@ -13,6 +13,7 @@ from PIL import Image, ImageFilter
 from vlbench import load
 from vlbench.__main__ import main
 from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_types import RecordImage
 
 EXACT = ImageTransform(112, 112, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
@@ -48,6 +49,34 @@ def test_pixels_are_nearly_the_same_and_those_of_other_files_exactly(photo, tmp_
 def test_it_belongs_to_the_hash_and_exact_keeps_the_hash_it_had():
     assert EXACT.transform_hash() != DRAFT.transform_hash()
     assert ImageTransform(56, 56, (0.5,) * 3, (0.5,) * 3).transform_hash() == "7ee96838a1ed8915"
+
+
+@pytest.mark.parametrize("change", [{"pad": False}, {"pad": False, "squash": True}])
+def test_where_it_changes_no_pixel_it_is_not_in_the_hash(change, photo):
+    exact, draft = dataclasses.replace(EXACT, **change), dataclasses.replace(DRAFT, **change)
+    file = ImageFile(photo)
+    assert torch.equal(exact.load_pixels(file), draft.load_pixels(file))
+    assert exact.transform_hash() == draft.transform_hash()
+    tiled = dataclasses.replace(draft, native=True)
+    assert tiled.transform_hash() != dataclasses.replace(tiled, draft=False).transform_hash()
+
+
+def test_where_it_changes_no_pixel_a_run_says_so_and_older_ones_are_read(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr(ImageTransform, "can_draft", False)  # as of an encoder that squashes
+    words = ["stages.chat.steps=0", "only=chat", "log.questions=1", "log.examples=0"]
+    words += ["log.tensorboard=false", "data.decode=draft"]
+    assert main(["fit", "recipe=yivl_llava", *words, f"run={tmp_path / 'run'}"]) == 0
+    assert "data.decode=draft has no effect" in capsys.readouterr().out
+    transform = load(tmp_path / "run").processor.transform
+    [file] = (tmp_path / "run/checkpoints").glob("*/preprocess.json")
+    before = transform.transform_hash(counts_idle_draft=True)
+    file.write_text(file.read_text().replace(transform.transform_hash(), before))
+    assert load(tmp_path / "run").processor.transform.draft
+    file.write_text(file.read_text().replace(before, "0" * 16))
+    with pytest.raises(UserError, match="trained with other image preprocessing"):
+        load(tmp_path / "run")
 
 
 def test_a_run_keeps_its_way_to_decode(tmp_path):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 from collections import Counter
 
+import pytest
 from random_vlm import NoiseImage
 
+from vlbench.config.recipe import load_recipe
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.scene_text import QUESTION_TYPES
 from vlbench.errors import BadSample
+from vlbench.evaluate import heldout_questions
 from vlbench.evaluate.heldout_questions import (
     blank_images,
+    final_questions,
     scene_questions,
     shuffle_images,
     source_questions,
@@ -47,6 +51,51 @@ def test_every_answer_is_asked_for_with_what_was_said_and_shown_before() -> None
     assert [len(q.sample.images) for q in questions] == [1, 1, 1, 2]
     assert questions[0].answer == "one"
     assert len(source_questions(Talk(), 3)) == 3
+
+
+class Pictures:
+    """Conversations about a picture, and then some without one."""
+
+    def __init__(self, name: str, count: int, texts: int = 0) -> None:
+        self.name, self.count, self.texts = name, count, texts
+
+    def __len__(self) -> int:
+        return self.count + self.texts
+
+    def __getitem__(self, index: int) -> Sample:
+        pictures = (NoiseImage(index),) if index < self.count else ()
+        turns = (
+            ChatTurn("human", f"{IMAGE_PLACEHOLDER if pictures else ''}what?"),
+            ChatTurn("assistant", "that"),
+        )
+        return Sample(f"{self.name}{index}", turns, pictures, "en")
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "asked"),
+    [
+        ((100, 100, 100), 9, (3, 3, 3)),
+        ((100, 100, 100), 8, (3, 3, 2)),
+        ((100, 1, 100), 9, (4, 1, 4)),
+        ((2, 0, 3), 9, (2, 0, 3)),
+        ((100, 100, 100), 2, (1, 1, 0)),
+        ((1, 1, 100), 4, (1, 1, 2)),
+    ],
+)
+def test_the_questions_of_a_mixture_are_those_of_all_its_sources(
+    sizes, limit, asked, monkeypatch
+) -> None:
+    sources = [Pictures(name, count, texts=2) for name, count in zip("abc", sizes, strict=True)]
+    monkeypatch.setattr(
+        heldout_questions, "open_stage_sources", lambda _: [(one, 1.0) for one in sources]
+    )
+    stage_data = load_recipe(["recipe=yivl_llava", "data.train=data.json"]).last_stage_data
+    _, questions, _ = final_questions(stage_data, limit)
+    ids = [question.sample.id for question in questions]
+    assert ids == [f"{n}{k}/1" for n, count in zip("abc", asked, strict=True) for k in range(count)]
+    assert [question.record_number for question in questions] == [
+        f"{number}.{k}" for number, count in enumerate(asked, 1) for k in range(1, count + 1)
+    ]
 
 
 def test_the_controls_change_the_images_and_nothing_else() -> None:

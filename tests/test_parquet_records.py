@@ -188,6 +188,7 @@ LAYOUTS: dict[str, tuple[list[str], str, list[int]]] = {
     "val is validation": (["val-00000-of-00001", "train-00000-of-00001"], "validation", [0]),
     "another name": (["train_sft-00000-of-00001", "test_sft-00000-of-00001"], "", [0]),
     "no split": (["part.0", "part.1"], "", [0, 1]),
+    "asked beside files without one": (["ai2d", "textvqa_train"], "train", [1]),
 }
 
 
@@ -196,6 +197,16 @@ def test_the_files_of_a_split_are_found_in_the_layouts_of_datasets(name):
     stems, split, chosen = LAYOUTS[name]
     files = [Path(f"{stem}.parquet") for stem in stems]
     assert choose_split("d", files, split) == [files[number] for number in chosen]
+
+
+def test_files_without_a_split_are_not_left_out_beside_one_that_has_it():
+    files = [Path(f"{name}.parquet") for name in ("ai2d", "chartqa", "textvqa_train")]
+    with pytest.raises(UserError) as caught:
+        choose_split("d", files)
+    assert "2 Parquet files that tell no split (ai2d.parquet, chartqa.parquet)" in str(caught.value)
+    assert "d:train reads the latter alone" in str(caught.value)
+    with pytest.raises(UserError, match=r"tell no split \(extra\.parquet\), and 1 of the split"):
+        choose_split("d", [Path("extra.parquet"), Path("train_sft-00000-of-00001.parquet")])
 
 
 def test_a_split_is_named_behind_a_colon(folder):
@@ -260,3 +271,27 @@ def test_a_run_that_is_killed_ends_with_the_weights_of_one_that_is_not(
         assert done.code == 0, done.words
     ours, theirs = newest_weights(run), newest_weights(tmp_path / "whole")
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def test_an_image_is_looked_up_beside_the_file_that_names_it(tmp_path):
+    for name in "ab":
+        rows = [{"image": "1.png", "query": "What?", "response": f"It is {name}."}]
+        write_rows(tmp_path / name / "train.parquet", rows)
+        (tmp_path / name / "1.png").write_bytes(picture(ord(name)))
+    source = ConversationFiles(tmp_path)
+    assert [sample.turns[-1].text for sample in source] == ["It is a.", "It is b."]
+    assert [one.images[0].name for one in source] == [f"{tmp_path}/{one}/1.png" for one in "ab"]
+    named = ConversationFiles(tmp_path, tmp_path / "a")
+    assert [one.images[0].name for one in named] == [f"{tmp_path}/a/1.png"] * 2
+
+
+def test_the_bytes_of_another_image_of_that_name_are_not_dropped(tmp_path):
+    images = [{"bytes": picture(number), "path": "0001.png"} for number in range(2)]
+    columns = {
+        "image": pa.array(images[:1], IMAGE_STRUCT),
+        "before": pa.array(images[1:], IMAGE_STRUCT),
+        **{name: pa.array([text]) for name, text in (("query", "What?"), ("response", "That."))},
+    }
+    pq.write_table(pa.table(columns), tmp_path / "train.parquet")
+    with pytest.raises(BadSample, match="'before' is not read; name the file in 'image'"):
+        ConversationFiles(tmp_path)[0]

@@ -122,6 +122,31 @@ def test_shards_that_are_not_there_are_told_before_the_first_step(folder, capsys
         stage_plan.check_data(plan(recipe))
 
 
+def test_the_records_of_shards_are_looked_at_before_the_first_step(folder, capsys, monkeypatch):
+    image = (folder / "a.png").read_bytes()
+    for number in range(4):
+        with tarfile.open(f"{number}.tar", "w") as tar:
+            for key in range(50):
+                bad = {"image": "no.jpg"} if number == 1 and key < 2 else {}
+                text = json.dumps({**record("a.png", mystery="?"), **bad}).encode()
+                for name, data in ((f"{key:02d}.png", image), (f"{key:02d}.json", text)):
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+    words = ["recipe=yivl_llava", *ONLY, "data.train={0..3}.tar"]
+    assert len(stage_plan.check_data(plan(recipes.load_recipe(words)))) == 2  # of 200
+    said = capsys.readouterr().out
+    assert "2 of 200 samples are bad and left out, the first: " in said
+    assert "keys that are not read: 'mystery' (198 records)" in said
+    with pytest.raises(UserError, match="its shard has no image no.jpg"):
+        stage_plan.check_data(plan(recipes.load_recipe([*words, "data.on_bad_sample=stop"])))
+    source = plan(recipes.load_recipe(words))[0].data.sources[0]
+    for missing, bad in ((2, 3), (0, 53)):  # of the first 100 samples none, and 50
+        (folder / f"{missing}.tar").unlink()
+        report = inspect_source(source, max_inspected_samples=100)
+        assert (report.inspected_samples, report.bad_sample_count) == (100, bad)
+
+
 @pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])
 def test_shards_without_a_usable_sample_are_refused_before_the_first_step(folder, capsys, members):
     with tarfile.open("bad.tar", "w") as tar:
@@ -162,6 +187,22 @@ def test_held_out_samples_of_a_stage_of_captions_without_an_image_are_told(folde
         stage_plan.check_data(plan(recipe))
         line = "stage align_224: data.val text.json has no image"
         assert (line in capsys.readouterr().out) == told
+
+
+def test_what_a_stage_of_captions_leaves_out_is_told_once(folder, capsys):
+    further = [{"from": "human", "value": "<image>And?"}, {"from": "gpt", "value": "blue"}]
+    talk = record(["a.png", "a.png"], id="talk")
+    talk["conversations"] += further
+    write(folder, "talk.json", talk, record(id="1"), record(None, id="2"))
+    steps = [f"stages.{name}.steps=1" for name in ("align_224", "chat")]
+    steps += [f"stages.{name}.global_batch_size=2" for name in ("align_224", "chat")]
+    words = ["recipe=yivl_llava", "only=align_224,chat", *steps, "data.train=talk.json"]
+    stage_plan.check_data(plan(recipes.load_recipe(words)))
+    told = "of 1 of 3 samples further answers (1) and images (1) are left out: a caption is"
+    said = capsys.readouterr().out
+    assert said.count(told) == 1 and f"stage align_224: talk.json: {told}" in said
+    assert main(["check", *words]) == 0
+    assert capsys.readouterr().out.count("of 1 of 2 samples further answers (1) and images") == 1
 
 
 @pytest.mark.parametrize(("more", "told"), [([], True), (["trainer.devices=2"], False)])

@@ -10,10 +10,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from vlbench.__main__ import main
 from vlbench.compare.report.finished_runs import _load_versions
 from vlbench.config import recipe as recipes
 from vlbench.data import data_checksums
 from vlbench.errors import UserError
+from vlbench.train import run_data
 from vlbench.train.fit import check_and_open_run
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_plan import StageRun, plan_stage_runs
@@ -118,6 +120,28 @@ def test_data_of_a_stage_that_is_done_may_change(place, capsys):
     assert [one.total_steps for one in start(*TWO_FILES)] == [4, 4]
     assert "align.json: holds other data" in capsys.readouterr().err
     assert recorded() == before  # what was trained on
+
+
+@pytest.mark.parametrize("shards", [2, 1])
+def test_a_stage_does_not_go_on_in_another_order(shards):
+    assert main(["pack", "data=align.json", "out=shards", f"samples={8 // shards}"]) == 0
+    words = ["data.train=shards", *TWO_FILES[1:]]
+    start(*words)
+    versions = json.loads(RUN.versions_file.read_text())
+    assert versions["stage_orders"] == dict.fromkeys(STAGES, run_data.ORDER_VERSION)
+    del versions["stage_orders"]  # as of a version before
+    RUN.versions_file.write_text(json.dumps(versions))
+    reach(0, 2)
+    with pytest.raises(UserError) if shards > 1 else contextlib.nullcontext() as refused:
+        start(*words)
+    if shards > 1:
+        assert "run=run is in stage align_224" in str(refused.value)
+        assert "in another order than the one that began it: shards." in str(refused.value)
+    reach(0, 4)  # the stage is done, and the next has the order of today
+    start(*words)
+    assert json.loads(RUN.versions_file.read_text())["stage_orders"]["chat"] == 2
+    reach(1, 2)
+    start(*words)
 
 
 def test_data_that_nothing_was_trained_on_are_recorded_anew(capsys):

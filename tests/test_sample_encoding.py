@@ -115,6 +115,18 @@ def test_a_caption_is_image_positions_then_text_and_newline():
         encoded(chat("Hello", "Hi."), sample_format="caption")
 
 
+def test_a_caption_is_the_answer_behind_the_first_image():
+    sample = chat("Hi", "Hello!", f"{IMAGE_PLACEHOLDER}\nWhat is it?", "A lamp.", images=1)
+    assert sample.caption_text == "A lamp." and sample.beyond_caption == (1, 0)
+    assert encoded(sample, sample_format="caption").input_ids == [
+        *[IMAGE_TOKEN_INDEX] * 4,
+        *TOKENIZER.encode("A lamp.\n"),
+    ]
+    silent = chat("Hi", "Hello!", f"{IMAGE_PLACEHOLDER}What is it?", images=1)
+    with pytest.raises(BadSample, match="no answer follows its first image"):
+        encoded(silent, sample_format="caption")
+
+
 def test_bos_is_written_once_when_the_tokenizer_writes_it_before_every_text():
     tokenizer = SentencePieceTokenizer(GOLDEN / "checkpoint/tokenizer.model", add_bos_token=True)
     sample = chat(f"{IMAGE_PLACEHOLDER}What?", "Red.", images=1)

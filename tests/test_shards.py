@@ -124,6 +124,16 @@ def test_shards_are_divided_among_ranks_and_read_in_turn():
     assert len(set(lane[:200])) == 4 and len(set(lane)) == 4  # a window of four is read together
 
 
+def test_lanes_that_have_samples_left_alternate_to_the_end():
+    counts = [100] * 66 + [53]  # 64 lanes, one of them short and three with a shard more
+    order = ShardShuffle(counts, "x")
+    assert order.lane_count == 64
+    shards = [order(position) // 100 for position in range(order.total_samples)]
+    for first, end, lanes in ((0, 53 * 64, 64), (6_300, len(shards), 3)):
+        for start in range(first, end - lanes + 1, lanes):
+            assert len(set(shards[start : start + lanes])) == lanes
+
+
 class Stream(Dataset[str]):
     """The ids at the positions of one rank."""
 
@@ -196,6 +206,15 @@ def test_a_truncated_shard_loses_the_samples_behind_its_end(packed, tmp_path):
     Path(index_path(str(tar))).unlink()  # without an index the tear is met while it is made
     shards_module._cached_index.cache_clear()
     assert all("000002.tar" in fault.reason for fault in bad(WebDatasetShards(folder)))
+
+
+def test_a_shard_that_is_no_tar_file_is_not_tried_again_for_each_sample(
+    packed, tmp_path, monkeypatch
+):
+    folder, waited = broken(packed, tmp_path / "noise"), []
+    (folder / "000001.tar").write_bytes(b"noise" * 4000)
+    monkeypatch.setattr(shards_module.time, "sleep", waited.append)
+    assert len(bad(WebDatasetShards(folder))) == 8 and len(waited) == shards_module.READ_TRIES - 1
 
 
 def test_a_shard_that_comes_late_is_read(packed, tmp_path, monkeypatch):
@@ -404,3 +423,18 @@ def test_metadata_that_names_an_image_by_its_path_is_not_packed(tmp_path, monkey
     [sample] = list(map(WebDatasetShards("shards").__getitem__, [0]))
     assert sample.turns[-1].text == "A cat."
     assert sample.unread_keys == ("split", "coco_url")
+
+
+def test_keys_of_turns_that_are_not_packed_are_named(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_scene("shards", 0, 0).open().save("cat.png")
+    turns = [
+        {"from": "human", "value": "<image>\nWhat?", "why": "asked"},
+        {"from": "gpt", "value": "A cat.", "score": 3},
+    ]
+    record = {"id": "a", "image": "cat.png", "conversations": turns, "why": "a record's own"}
+    Path("data.json").write_text(json.dumps([record]), encoding="utf-8")
+    assert main(["pack", "data=data.json", "out=shards"]) == 0
+    said = capsys.readouterr().out
+    assert "as turns have their role and text alone: turn score, turn why" in said
+    assert WebDatasetShards("shards")[0].unread_keys == ("why",)

@@ -6,18 +6,21 @@ import io
 import json
 import tracemalloc
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from vlbench.check import source_pass
-from vlbench.check.findings import ODD, REFUSED, DataFinding, FindingLog, RefusedSamples
+from vlbench.check.findings import CUT, ODD, REFUSED, DataFinding, FindingLog, RefusedSamples
 from vlbench.check.sample_checks import StageCheck
 from vlbench.check.source_pass import GoodSamples, Pace, SourcePass
 from vlbench.data import json_scan
 from vlbench.data.chat_template import YI_VL
 from vlbench.data.conversation_files import ConversationFiles
-from vlbench.data.sample_encoding import SampleEncoder
+from vlbench.data.image_processing import ImageFile
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
+from vlbench.data.sample_encoding import IMAGE_TOKEN_INDEX, SampleEncoder
 
 
 class Letters:
@@ -38,6 +41,23 @@ def check(file: Path | str) -> tuple[SourcePass, StageCheck, list[dict[str, obje
     checked = SourcePass(ConversationFiles(file), [stage_check], YI_VL, FindingLog(lines), 1)
     checked.check_files()
     return checked, stage_check, [json.loads(line) for line in lines.getvalue().splitlines()]
+
+
+def test_counts_are_those_of_the_samples_that_are_cut(tmp_path):
+    answer = ChatTurn("assistant", "a" * 100)
+    turns = [ChatTurn("human", f"{IMAGE_PLACEHOLDER}?"), answer] * 2
+    sample = Sample("s", tuple(turns), (ImageFile("0.png"), ImageFile("1.png")))
+    whole = SampleEncoder(Letters(), YI_VL, 4, 1 << 20)
+    ids = whole.encode(sample).input_ids
+    second_image = [at for at, token in enumerate(ids) if token == IMAGE_TOKEN_INDEX][4]
+    cut = replace(whole, max_length=second_image - 50)  # within the first answer
+    stage_check = StageCheck("chat", "s", cut)
+    [finding] = stage_check.check_sample(sample)
+    expected = cut.encode(sample)
+    assert finding.kind == CUT and len(expected.sample.images) == 1
+    assert stage_check.image_count == 1
+    assert list(stage_check.token_counts) == [len(expected.input_ids)] == [cut.max_length]
+    assert stage_check.supervised_tokens == expected.supervised_token_count
 
 
 def write(file: Path, count: int, letters: int) -> None:

@@ -100,8 +100,9 @@ def load_model_folder(
         config = replace(config, language=language)
     vlm = load_checkpoint(folder, config, dtype, device)
     _, before = checkpoint_files.read_preprocessing(folder)
-    transform_hash = vlm.processor.transform.transform_hash()
-    if before != transform_hash:
+    transform = vlm.processor.transform
+    transform_hash = transform.transform_hash()
+    if before not in (transform_hash, transform.transform_hash(counts_idle_draft=True)):
         raise UserError(
             f"{folder} was trained with other image preprocessing (hash {before}, "
             f"this version has {transform_hash}): its answers would not be its own"

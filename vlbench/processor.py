@@ -262,10 +262,10 @@ def sample_from_messages(messages: list[ChatMessage]) -> Sample:
     for number, message in enumerate(messages):
         if not isinstance(message, dict) or not isinstance(message.get("content"), str | list):
             raise UserError(f"message {number} is {message!r:.200}; wanted is {MESSAGE_FORMAT}")
-        if message.get("role") not in TURN_ROLES:
+        role = message.get("role")
+        if not isinstance(role, str) or role not in TURN_ROLES:
             raise UserError(
-                f"message {number}: role is {message.get('role')!r}; allowed are "
-                f"{', '.join(TURN_ROLES)}"
+                f"message {number}: role is {role!r:.200}; allowed are {', '.join(TURN_ROLES)}"
             )
         texts: list[str] = []
         content = message["content"]
@@ -304,7 +304,7 @@ def _check_order(roles: Sequence[str]) -> None:
 def _parse_content_part(part: Any, message_number: int, role: str) -> tuple[str, LazyImage | None]:
     """Return the text that a part of a message becomes, and its image if it is one."""
     kind = part.get("type") if isinstance(part, dict) else None
-    value = part.get(kind) if kind else None
+    value = part.get(kind) if isinstance(kind, str) else None
     if kind == "text" and isinstance(value, str):
         if IMAGE_PLACEHOLDER in value:
             raise UserError(

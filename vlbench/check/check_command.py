@@ -203,6 +203,9 @@ def _length_lines(lengths: StageCheck) -> Iterator[str]:
             f"    {lengths.skipped_samples} samples without an image are skipped in a stage of "
             "captions"
         )
+    told = lengths.beyond_captions.describe(f"{count} samples")
+    if told:
+        yield f"    {told}"
     yield (
         f"    tokens of a sample: median {tokens[count // 2]}, 99 % up to "
         f"{tokens[min(count - 1, count * 99 // 100)]}, longest {tokens[-1]} (limit {max_length})"

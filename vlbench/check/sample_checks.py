@@ -9,11 +9,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 from vlbench.check.findings import CUT, ODD, REFUSED, DataFinding, make_finding
+from vlbench.data.caption_rest import CaptionRest
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.feature_store import content_key
 from vlbench.data.image_tiling import count_views
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage, Sample
-from vlbench.data.sample_encoding import IGNORE_INDEX, NoImage, SampleEncoder
+from vlbench.data.sample_encoding import NoImage, SampleEncoder
 from vlbench.errors import BadSample, UserError
 
 REPLACEMENT_CHARACTER = "\ufffd"  # decoders write it for invalid bytes
@@ -80,6 +81,8 @@ class StageCheck:
     """Samples with fewer tiles than they could have, for `vision.max_visual_tokens`."""
     skipped_samples: int = 0
     """Samples without an image, in a stage that trains on captions."""
+    beyond_captions: CaptionRest = field(default_factory=CaptionRest)
+    """What is left out of the others there."""
 
     def __post_init__(self) -> None:
         self._unlimited = replace(self.encoder, max_length=1 << 40)
@@ -90,11 +93,10 @@ class StageCheck:
         try:
             # without a limit first, which tells how much is cut off
             encoded = self._unlimited.encode(sample)
-            if len(encoded.input_ids) > max_length:
-                self.encoder.encode(sample)  # raises BadSample where the cut is not allowed
-                problem = (
-                    f"has {len(encoded.input_ids)} tokens, and language.max_length is {max_length}"
-                )
+            full_length = len(encoded.input_ids)
+            if full_length > max_length:
+                encoded = self.encoder.encode(sample)  # BadSample where the cut is not allowed
+                problem = f"has {full_length} tokens, and language.max_length is {max_length}"
                 yield make_finding(sample, CUT, self.source_name, problem, self.stage)
         except NoImage:
             self.skipped_samples += 1
@@ -102,10 +104,10 @@ class StageCheck:
         except BadSample as bad:
             yield make_finding(sample, REFUSED, self.source_name, bad.reason, self.stage)
             return
-        self.token_counts.append(min(len(encoded.input_ids), max_length))
-        self.supervised_tokens += sum(
-            label != IGNORE_INDEX for label in encoded.labels[:max_length]
-        )
+        if self.encoder.sample_format == "caption":
+            self.beyond_captions.add(sample)
+        self.token_counts.append(len(encoded.input_ids))
+        self.supervised_tokens += encoded.supervised_token_count
         self.image_count += len(encoded.sample.images)
         if self.encoder.view_layout:
             self.view_counts.update(map(count_views, encoded.sample.images))

@@ -41,15 +41,16 @@ class ConversationFiles:
     ) -> None:
         """Open a file, a folder of Parquet files, or MAPPING:FOLDER of annotation files.
 
-        Image names are looked up in `image_folder`, by default the file's own folder. Images
-        outside of it are bad, unless `allow_outside`; see `image_folder.is_inside`. Raises a
-        UserError when the file is missing, malformed or without records.
+        Image names are looked up in `image_folder`, by default the folder of the file that the
+        record is in. Images outside of it are bad, unless `allow_outside`; see
+        `image_folder.is_inside`. Raises a UserError when the file is missing, malformed or without
+        records.
         """
         self.name = str(location)
         if image_folder is not None and not Path(image_folder).is_dir():
             raise UserError(f"images: there is no folder {image_folder}")
         self.records = open_record_file(str(location))
-        self.image_folder = self.records.folder if image_folder is None else Path(image_folder)
+        self.image_folder = None if image_folder is None else Path(image_folder)
         self.allow_outside = allow_outside
         self._latest_images: tuple[int, list[WrittenImage]] | None = None
         """A record's number and its images: the next one that is asked for is often of it, too."""
@@ -65,7 +66,7 @@ class ConversationFiles:
         return sample_from_record(
             self.read_record(index),
             f"record {index + 1}",
-            self._find_image,
+            lambda image_name: self._find_image(index, image_name),
             lambda number: EmbeddedImage(self, index, number),
         )
 
@@ -112,9 +113,9 @@ class ConversationFiles:
             raise BadSample("record", f"has {len(latest[1])} images")
         return image_bytes(latest[1][number], most)
 
-    def _find_image(self, name: str) -> ImageFile:
-        path = str(self.image_folder / name)
-        return ImageFile(path, str(self.image_folder), self.allow_outside)
+    def _find_image(self, index: int, image_name: str) -> ImageFile:
+        folder = self.image_folder or self.records.folder_of(index)
+        return ImageFile(str(folder / image_name), str(folder), self.allow_outside)
 
     def find_bad_samples(
         self,

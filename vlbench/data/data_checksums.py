@@ -21,7 +21,8 @@ from vlbench.text_files import read_json
 CHECKSUMS_KEY = "data"  # of versions.json: path of data -> checksum
 STAMPS_KEY = "data_stamps"  # of versions.json: path of data -> size and time of each file
 STEPS_KEY = "stage_steps"  # of versions.json: stage -> optimizer steps, which data may decide
-DATA_KEYS = (CHECKSUMS_KEY, STAMPS_KEY, STEPS_KEY)
+ORDERS_KEY = "stage_orders"  # of versions.json: stage -> ORDER_VERSION, of shards and Parquet files
+DATA_KEYS = (CHECKSUMS_KEY, STAMPS_KEY, STEPS_KEY, ORDERS_KEY)
 
 
 def checksum_sources(sources: Iterable[SampleSource]) -> dict[str, str]:

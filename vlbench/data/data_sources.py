@@ -13,7 +13,8 @@ from vlbench.data.large_scene_dataset import LargeSceneCaptions, LargeSceneConve
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
-from vlbench.data.shards import SHARD_LIST_FILE, WebDatasetShards, is_tar
+from vlbench.data.shard_list import SHARD_LIST_FILE, is_tar
+from vlbench.data.shards import WebDatasetShards
 from vlbench.data.shuffle import SourceMixture
 from vlbench.errors import UserError
 

@@ -163,6 +163,11 @@ class ImageTransform:
         """Channels of the pixels: 3, and 3 more for a second vision encoder."""
         return 3 if self.second is None else 6
 
+    @property
+    def can_draft(self) -> bool:
+        """Whether `draft` can change pixels: what is squashed or cropped is decoded in full."""
+        return self.pad or self.native or self.tiling is not None
+
     def load_pixels(self, image: LazyImage) -> Tensor:
         """Open an image and return its float32 pixels `[channels, crop, crop]`.
 
@@ -313,9 +318,13 @@ class ImageTransform:
         text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
         return text if self.second is None else f"{text}; and {self.second.describe()}"
 
-    def transform_hash(self) -> str:
-        """Return a hash of 16 characters over everything that determines the result."""
-        settings = {**asdict(self), "rules": _TRANSFORM_RULES}
+    def transform_hash(self, counts_idle_draft: bool = False) -> str:
+        """Return a hash of 16 characters over everything that determines the result.
+
+        Up to version 0.1 it counted a `draft` that changes no pixel, too (`counts_idle_draft`).
+        """
+        draft = self.draft and (self.can_draft or counts_idle_draft)
+        settings = {**asdict(self), "draft": draft, "rules": _TRANSFORM_RULES}
         for name in ("draft", "exif", "squash", "interpolation", "second", "tiling", "native"):
             if settings[name] == type(self).__dataclass_fields__[name].default:
                 del settings[name]  # keeps the hash of runs that are older than the option

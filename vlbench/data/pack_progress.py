@@ -37,6 +37,8 @@ class PackProgress:
         self.first_left_out: BadSample | None = None
         self.dropped_keys: set[str] = set()
         """Keys of the records packed now that shards do not have."""
+        self.dropped_turn_keys: set[str] = set()
+        """Keys of their turns, likewise, as `turn KEY`."""
         lines = _read_finished(folder)
         if lines and lines[0] == settings:
             for line in lines[1:]:

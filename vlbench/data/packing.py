@@ -78,7 +78,7 @@ class PackedBatch:
     level_values: Tensor | None = None
     """`[3, 256]` float32, the normalised value of each level of each channel, for uint8 pixels."""
     captions: list[str] = field(default_factory=list)
-    """The first answer of each sample, for objectives that tokenize text themselves."""
+    """The `caption_text` of each sample, for objectives that tokenize text themselves."""
     supervised_positions: Tensor | None = None
     """`[tokens]` the positions in the flattened `input_ids` that have a label. They are computed
     before the batch moves to a GPU, where counting would synchronize. None: not computed yet."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -33,6 +33,7 @@ SPLIT_WORDS = {
 }
 """Words in names of files and folders that tell a split, and its name."""
 DEFAULT_SPLIT = "train"
+MAX_NAMED_FILES = 5  # in an error
 
 PathT = TypeVar("PathT", Path, PurePath)
 
@@ -75,7 +76,11 @@ def _is_hidden(name: str) -> bool:
 
 
 def choose_split(location: str, files: Sequence[PathT], split: str = "") -> list[PathT]:
-    """Return the files of a split ("": the one to train on); all of them where none is told."""
+    """Return the files of a split ("": the one to train on); all of them where none is told.
+
+    A UserError where there is no such split, or `split` is "" and files without one would be left
+    out beside it.
+    """
     splits: dict[str, list[PathT]] = defaultdict(list)
     for file in files:
         splits[_split_of(file)].append(file)
@@ -94,7 +99,20 @@ def choose_split(location: str, files: Sequence[PathT], split: str = "") -> list
             f"has no split {wanted!r}; it has {known}, of which {base}:SPLIT is one."
             f"{suggest_name(wanted, splits)}"
         )
+    if not split and splits.get(""):
+        raise _splitless_error(location, splits, alike[0])
     return splits[alike[0]]
+
+
+def _splitless_error(location: str, splits: Mapping[str, list[PathT]], wanted: str) -> UserError:
+    """Return the error for files that tell no split beside those of the split to train on."""
+    count, names = len(splits[""]), ", ".join(map(str, splits[""][:MAX_NAMED_FILES]))
+    more = f" and {count - MAX_NAMED_FILES} more" if count > MAX_NAMED_FILES else ""
+    return UserError(
+        f"has {count} Parquet files that tell no split ({names}{more}), and {len(splits[wanted])} "
+        f"of the split {wanted!r}; {location}:{wanted} reads the latter alone, and a folder of "
+        "the others, or each by its name (data.mix has several), those"
+    )
 
 
 def _split_of(file: PurePath) -> str:

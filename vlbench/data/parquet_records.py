@@ -51,7 +51,7 @@ class ParquetRecords:
 
     def __init__(self, name: str, files: Sequence[Path]) -> None:
         """Read the files' footers; raises OSError, and a UserError that names a damaged file."""
-        self.name, self.folder = name, files[0].parent
+        self.name = name
         self.stamps = [file_stamp(file) for file in files]
         self.blocks = [
             block
@@ -99,9 +99,16 @@ class ParquetRecords:
             lambda: ShardShuffle(self.block_counts, shuffle_key, WINDOW_BLOCKS, lanes),
         )
 
+    def folder_of(self, index: int) -> Path:
+        """Return the folder of the file that row `index` (from 0) is in."""
+        return self.blocks[self._block_number(index)].file.parent
+
+    def _block_number(self, index: int) -> int:
+        return int(self._block_ends.searchsorted(index, side="right"))
+
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return row `index` (from 0) as a mapping; images may have OMITTED_BYTES without them."""
-        number = int(self._block_ends.searchsorted(index, side="right"))
+        number = self._block_number(index)
         row = index - (int(self._block_ends[number - 1]) if number else 0)
         return self._load_block(number, with_images).read_row(row)
 

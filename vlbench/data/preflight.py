@@ -7,12 +7,14 @@ are judged when training meets them, and the verb `check` reads all.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol, runtime_checkable
 
+from vlbench.data.caption_rest import CaptionRest
 from vlbench.data.chosen_samples import base_source
 from vlbench.data.record_keys import is_metadata_key
 from vlbench.data.remote_shards import is_url
@@ -57,6 +59,8 @@ class PreflightReport:
     """Number of well-formed samples that have a key which is not read."""
     untagged_samples: int = 0
     """Samples whose only image has no tag."""
+    beyond_captions: CaptionRest = field(default_factory=CaptionRest)
+    """What a stage of captions leaves out."""
 
     @property
     def bad_sample_count(self) -> int:
@@ -102,29 +106,32 @@ def inspect_source(
 ) -> PreflightReport:
     """Check the records of a source, or some from all over it, and whether image files exist.
 
-    Images are opened too when there are at most `max_opened_images` of them. Of shards only the
-    presence and completeness of the files is checked; rendered scenes need no check.
+    Images are opened too when there are at most `max_opened_images` of them. Of shards at a URL
+    nothing is requested; rendered scenes need no check.
     """
     base = base_source(source)
-    if isinstance(base, WebDatasetShards):  # too many records to read
-        used_counts = getattr(source, "block_counts", base.sample_counts)
-        return _inspect_shards(base, len(source), used_counts)
     if not isinstance(base, CheckableSource):
         return PreflightReport([], len(source), len(source))
+    if isinstance(base, WebDatasetShards) and is_url(base.tars[0]):
+        return PreflightReport(list(base.truncated_samples()), len(source), len(source))
     assert isinstance(source, CheckableSource)
     indices = choose_inspected(len(source), max_inspected_samples)
     report = PreflightReport([], len(source), len(indices))
+    if isinstance(base, WebDatasetShards):
+        indices = _inspect_shard_files(source, base, indices, report)
     images: set[LazyImage] = set()
 
     def note_sample(sample: Sample) -> None:
         report.unread_key_counts.update(sample.unread_keys)
         report.untagged_samples += sample.is_untagged
+        report.beyond_captions.add(sample)
         if len(images) <= max_opened_images:
             images.update(sample.images)
 
-    report.bad_samples = source.find_bad_samples(indices, note_sample)
+    bad_samples = source.find_bad_samples(indices, note_sample)
     if images and len(images) <= max_opened_images:
-        report.bad_samples = _find_unopenable(source, indices)
+        bad_samples = _find_unopenable(source, indices)
+    report.bad_samples += bad_samples
     return report
 
 
@@ -172,23 +179,46 @@ def probe_shards(
     return (len(faults), faults[0]) if faults else None
 
 
-def _inspect_shards(
-    source: WebDatasetShards, sample_count: int, used_counts: Sequence[int]
-) -> PreflightReport:
-    """Report truncated shards, which were found when the source was opened, and missing ones.
+def _inspect_shard_files(
+    source: SampleSource,
+    shards: WebDatasetShards,
+    indices: Sequence[int],
+    report: PreflightReport,
+) -> Sequence[int]:
+    """Add the shards that are truncated or missing to a report, each with one sample.
 
-    Shards at a URL are not requested. `sample_count` of its samples are used, of
-    each shard `used_counts`.
+    Of a missing shard as many samples are bad as are among those to inspect.
+
+    Args:
+        source: The shards, or a part of their samples.
+        shards: The shards.
+        indices: The samples of `source` to inspect.
+        report: About these samples.
+
+    Returns:
+        Those of `indices` that can be read.
     """
-    report = PreflightReport(list(source.truncated_samples()), sample_count, sample_count)
-    first_record = 1
-    for tar, count, used in zip(source.tars, source.sample_counts, used_counts, strict=True):
-        if used and not is_url(tar) and not os.path.exists(tar):
-            bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
-            report.bad_samples.append(bad.with_origin(source.name, first_record))
-            report.further_bad_samples += int(used) - 1
-        first_record += count
-    return report
+    report.bad_samples += shards.truncated_samples()
+    used_counts = getattr(source, "block_counts", shards.sample_counts)
+    missing = {
+        number
+        for number, (tar, used) in enumerate(zip(shards.tars, used_counts, strict=True))
+        if used and not os.path.exists(tar)
+    }
+    shard_numbers = {index: shards.shard_of(record_number(source, index) - 1) for index in indices}
+    inspected = Counter(shard_numbers.values())
+    first_records = list(itertools.accumulate(shards.sample_counts, initial=1))
+    for number in sorted(missing):
+        tar, first_record = shards.tars[number], first_records[number]
+        bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
+        report.bad_samples.append(bad.with_origin(source.name, first_record))
+        report.further_bad_samples += max(0, inspected[number] - 1)
+    known = {bad.record_number for bad in report.bad_samples}
+    return [
+        index
+        for index, number in shard_numbers.items()
+        if number not in missing and record_number(source, index) not in known
+    ]
 
 
 def _find_unopenable(source: SampleSource, indices: Sequence[int]) -> list[BadSample]:

@@ -41,8 +41,6 @@ class RecordFile(Protocol):
 
     name: str
     """What the user named."""
-    folder: Path
-    """Where relative names of images are looked up if the user names no folder."""
     stamps: list[FileStamp]
     """Of its files."""
 
@@ -66,6 +64,10 @@ class RecordFile(Protocol):
         """
         ...
 
+    def folder_of(self, index: int) -> Path:
+        """Return where record `index` has its images if the user names no folder."""
+        ...
+
     def read_record(self, index: int, with_images: bool = True) -> Any:
         """Return record `index` (from 0), or raise a UserError if it cannot be read any more.
 
@@ -75,7 +77,9 @@ class RecordFile(Protocol):
 
 
 class AnyOrder:
-    """What records say of which any order is as fast."""
+    """What records have in common of which any order is as fast: one folder has their images."""
+
+    folder: Path
 
     @property
     def block_counts(self) -> None:
@@ -88,6 +92,10 @@ class AnyOrder:
         max_lanes: int = MAX_LANES,
     ) -> None:
         """Return None: they have no order of their own."""
+
+    def folder_of(self, index: int) -> Path:
+        """Return where names of images are looked up, the same for all records."""
+        return self.folder
 
 
 def file_stamp(file: str | Path | int) -> FileStamp:

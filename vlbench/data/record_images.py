@@ -16,14 +16,12 @@ from PIL import Image
 
 from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.image_size import partial_image_size
-from vlbench.data.record_keys import is_metadata_key
+from vlbench.data.record_keys import STRUCT_KEYS, is_metadata_key
 from vlbench.errors import BadSample, UserError
 
 BASE64_TEXT = re.compile(r"[A-Za-z0-9+/=\s]{200,}")  # a path of that length has other characters
 """The bytes of an image as base64 text, or how they begin."""
 MAX_PATH_LENGTH = 4096  # characters, as on Linux
-STRUCT_KEYS = frozenset({"bytes", "path"})
-"""What a mapping that is an image has; either may be null. Its other keys are metadata."""
 FILE_URL = re.compile(r"file://(localhost)?(?=/)")
 DATA_PREFIX = "data:"
 OMITTED_BYTES = b"omitted"

@@ -65,11 +65,17 @@ TEXT_WORDS = frozenset(
 IMAGE_NAME_WORDS = frozenset("image img picture pic photo".split())
 """A key with one of these words and `id` names an image (`image_id`)."""
 
+STRUCT_KEYS = frozenset({"bytes", "path"})
+"""What a mapping that is an image has; either may be null. Its other keys are metadata."""
+
 IMAGE_SIGNATURES = (b"\xff\xd8\xff", b"\x89PNG\r\n", b"GIF8", b"RIFF", b"II*\0", b"MM\0*")
 """How files of images begin."""
 
 ADDRESS_WORDS = frozenset("href link source src uri url".split())
 """Words of a key that says where an image came from."""
+
+PATH_WORDS = frozenset("file filename filepath href link name path uri url".split())
+"""Words of a key with another path of an image; not `source`: that of an edit is another image."""
 
 MEDIA_FILE = re.compile(
     r"\S+\.(jpe?g|png|webp|gif|bmp|tiff?|ppm|jp2|avif|heic|"
@@ -94,7 +100,8 @@ def find_unread_keys(
         name: The name of the sample in an error.
         record: A record, a turn, or a part of a content.
         used_keys: Keys that the reader uses.
-        image_names: Images that are read; the URL or another path of one of them is metadata.
+        image_names: Images that are read; the URL or another path of one of them is metadata, and
+            the bytes of an image never are.
         message_prefix: What an error puts before the key, as "turn 2: ".
 
     Raises:
@@ -155,12 +162,16 @@ def _key_words(key: str) -> frozenset[str]:
 
 
 def _iterate_texts(key: str, value: Any) -> Iterator[tuple[str, str]]:
-    """Yield the texts in a value, itself or in nested lists and mappings, with their own keys."""
+    """Yield the texts in a value, itself or in nested lists and mappings, with their own keys.
+
+    The path of a mapping that is an image has the key of the image.
+    """
     if isinstance(value, str):
         yield key, value
     elif isinstance(value, dict):
         for name, item in value.items():
-            yield from _iterate_texts(str(name), item)
+            own_key = key if value.keys() <= STRUCT_KEYS else str(name)
+            yield from _iterate_texts(own_key, item)
     elif isinstance(value, list):
         for item in value:
             yield from _iterate_texts(key, item)
@@ -203,11 +214,23 @@ def media_kind(text: str) -> str:
 
 def _is_known_image(key: str, value: Any, image_names: Collection[str]) -> bool:
     """Tell whether a value is the URL of images that are read, or another path of them."""
-    base_names = {PurePosixPath(image_name).name for image_name in image_names}
+    if _holds_image_bytes(value):  # not compared with those read: a plan of texts leaves them out
+        return False
     texts = list(_iterate_texts(key, value))
     texts = [(name, text) for name, text in texts if media_kind(text)] or texts
     return bool(texts) and all(
-        (base_names and ADDRESS_WORDS & _key_words(name) and URL_PREFIX.match(text))
-        or PurePosixPath(text).name in base_names
+        (image_names and ADDRESS_WORDS & _key_words(name) and URL_PREFIX.match(text))
+        or any(_is_same_file(name, text, image_name) for image_name in image_names)
         for name, text in texts
     )
+
+
+def _is_same_file(key: str, path: str, image_name: str) -> bool:
+    """Tell whether the path that a key has is that of an image: written longer, shorter, or moved.
+
+    In another folder an image of that name may be another one (`original/1.png` and
+    `edited/1.png`), unless the key says that it holds a path.
+    """
+    parts, known = PurePosixPath(path).parts, PurePosixPath(image_name).parts
+    shared = min(len(parts), len(known)) if PATH_WORDS.isdisjoint(_key_words(key)) else 1
+    return shared > 0 and parts[-shared:] == known[-shared:]

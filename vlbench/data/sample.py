@@ -62,8 +62,23 @@ class Sample:
 
     @property
     def caption_text(self) -> str:
-        """The first answer, which is the target of a caption stage; empty without an answer."""
-        return next((turn.text.strip() for turn in self.turns if turn.role == "assistant"), "")
+        """The answer to the first turn that shows an image: the target of a caption stage.
+
+        Of a sample without images it is the first answer. Empty without such an answer.
+        """
+        shows_image = (IMAGE_PLACEHOLDER in turn.text for turn in self.turns)
+        first = next((number for number, shows in enumerate(shows_image) if shows), 0)
+        answers = (turn.text for turn in self.turns[first:] if turn.role == "assistant")
+        return next(answers, "").strip()
+
+    @property
+    def beyond_caption(self) -> tuple[int, int]:
+        """How many answers and images it has beside the caption and its image, which are learned.
+
+        A sample without images has no caption, and so nothing beside it.
+        """
+        answers = sum(turn.role == "assistant" for turn in self.turns)
+        return (max(0, answers - 1), len(self.images) - 1) if self.images else (0, 0)
 
 
 def read_questions(turns: Sequence[ChatTurn]) -> list[tuple[str, int]]:

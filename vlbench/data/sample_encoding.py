@@ -119,7 +119,8 @@ class SampleEncoder:
 
     Text is cut at image placeholders and around every answer, and the pieces are tokenized one by
     one. `chat` supervises every answer of the conversation. `caption` takes the first image and
-    the first answer alone: image positions, then the answer and a newline, which are supervised.
+    the answer behind it alone: image positions, then the answer and a newline, which are
+    supervised.
     """
 
     tokenizer: TokenEncoder
@@ -146,7 +147,7 @@ class SampleEncoder:
         Raises:
             BadSample: images and placeholders differ in number, no supervised token is left, or
                 the cut to `max_length` would fall inside an image, the size of an image cannot be
-                read, or its views are too many.
+                read, or its views are too many. In a caption nothing answers the image.
             NoImage: a caption without an image.
         """
         check_sample(sample)
@@ -307,5 +308,8 @@ def _reduce_to_caption(sample: Sample) -> tuple[Sample, list[TextPiece]]:
     """Return the sample with its first image alone, and the pieces of a caption."""
     if not sample.images:
         raise NoImage(sample.id, "has no image, and the stage learns captions")
+    if not sample.caption_text:
+        reason = "no answer follows its first image, and the stage learns captions"
+        raise BadSample(sample.id, reason)
     single = replace(sample, images=sample.images[:1])
     return single, [(IMAGE_PLACEHOLDER, False), (f"{sample.caption_text}\n", True)]

@@ -3,7 +3,8 @@
 A step's positions are dealt to lanes: position p belongs to lane p % lane_count. Every lane reads
 its own shards window by window, and is shuffled inside a window. As a rank takes every
 `world_size`-th position, no two ranks read the same shard wherever the world size divides the
-number of lanes; the order does not depend on the number of ranks and workers.
+number of lanes; the order does not depend on the number of ranks and workers. A lane that has no
+more samples is passed over, and the others alternate on.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from vlbench.data.shuffle import FeistelShuffle
 MAX_LANES = 128  # as many ranks as Yi-VL was trained on have shards of their own
 KEPT_ORDERS = 4  # of a source: stages and passes that overlap
 WINDOW_SHARDS = 4  # shards of a lane that are shuffled together and stay open
+ORDER_VERSION = 2  # raised with every change of the order, in which no run can go on
 Order = TypeVar("Order", bound=Callable[[int], int] | None)
 
 
@@ -61,22 +63,25 @@ class ShardShuffle:
         dealt = np.fromiter(map(shuffle, range(len(sample_counts))), np.int64, len(sample_counts))
         self._lane_shards = [dealt[lane :: self.lane_count] for lane in range(self.lane_count)]
         self._lane_ends = [np.cumsum(self.sample_counts[shards]) for shards in self._lane_shards]
-        # the lanes alternate for as many samples as the shortest has; the remainders follow
-        self._common_length = int(min(ends[-1] for ends in self._lane_ends))
-        remainders = [int(ends[-1]) - self._common_length for ends in self._lane_ends]
-        self._remainder_ends = np.cumsum(remainders)
+        # the lanes that have samples left alternate until the shortest of them ends, and so on
+        lane_totals = np.array([int(ends[-1]) for ends in self._lane_ends])
+        totals = np.unique(lane_totals)
+        self._segment_lanes = [np.flatnonzero(lane_totals >= total) for total in totals]
+        """The lanes that alternate in each segment."""
+        self._lane_starts = np.concatenate([[0], totals[:-1]])
+        """The position in each of them at which the segment begins."""
+        lengths = (totals - self._lane_starts) * list(map(len, self._segment_lanes))
+        self._segment_ends = np.cumsum(lengths)
 
     def __call__(self, position: int) -> int:
         """Return the index at `position`, both in 0..total_samples-1."""
         if not 0 <= position < self.total_samples:
             raise IndexError(f"position {position} of a permutation of {self.total_samples}")
-        alternating = self._common_length * self.lane_count
-        if position < alternating:
-            return self._index_in_lane(position % self.lane_count, position // self.lane_count)
-        rest = position - alternating
-        lane = bisect_right(self._remainder_ends, rest)
-        lane_start = int(self._remainder_ends[lane - 1]) if lane else 0
-        return self._index_in_lane(lane, self._common_length + rest - lane_start)
+        segment = bisect_right(self._segment_ends, position)
+        rest = position - (int(self._segment_ends[segment - 1]) if segment else 0)
+        lanes = self._segment_lanes[segment]
+        lane_position = int(self._lane_starts[segment]) + rest // len(lanes)
+        return self._index_in_lane(int(lanes[rest % len(lanes)]), lane_position)
 
     def _index_in_lane(self, lane: int, lane_position: int) -> int:
         """Return the index of the sample at `lane_position` of a lane."""

@@ -16,7 +16,7 @@ import functools
 import time
 import zlib
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -25,19 +25,18 @@ import numpy as np
 from PIL import Image
 
 from vlbench.data.content_parts import names_images
+from vlbench.data.conversation_files import find_bad_samples
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.image_size import partial_image_size
-from vlbench.data.location_errors import folder_remedy
 from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
 from vlbench.data.record_files import unique_keys
-from vlbench.data.remote_shards import file_exists, is_url, read_byte_range, read_json_file
+from vlbench.data.remote_shards import is_url, read_byte_range
 from vlbench.data.sample import Sample
+from vlbench.data.shard_image_names import ShardImageNames, is_image_member
 from vlbench.data.shard_index import (
     BLOCK_BYTES,
     CAPTION_NAMES,
-    IMAGE_EXTENSIONS,
-    MAX_SHARD_SAMPLES,
     FileStamp,
     ShardEntry,
     TarScan,
@@ -46,13 +45,13 @@ from vlbench.data.shard_index import (
     load_shard_index,
     load_shard_summary,
 )
+from vlbench.data.shard_list import SHARD_LIST_FILE, is_tar, read_shard_list
 from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 from vlbench.text_files import parse_json
 
-SHARD_LIST_FILE = "shards.json"
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
 READ_TRIES = 3  # attempts to read a shard
 RETRY_SECONDS = 1.0  # between two attempts
@@ -106,7 +105,7 @@ class WebDatasetShards:
         self.name = str(location)
         self.notes: list[str] = []
         self._truncated_samples: list[BadSample] = []
-        listed = _read_shard_list(self.name)
+        listed = read_shard_list(self.name)
         self.tars, self.sample_counts = listed or self._list_matching_tars()
         self._shard_ends = np.cumsum(self.sample_counts)
         self._pass_orders = RecentOrders[ShardShuffle]()
@@ -142,9 +141,21 @@ class WebDatasetShards:
             lambda: ShardShuffle(self.sample_counts, shuffle_key, max_lanes=max_lanes),
         )
 
+    def shard_of(self, index: int) -> int:
+        """Return the number (from 0) of the shard that sample `index` (from 0) is in."""
+        return int(self._shard_ends.searchsorted(index, side="right"))
+
+    def find_bad_samples(
+        self,
+        indices: Sequence[int] | None = None,
+        on_sample: Callable[[Sample], None] | None = None,
+    ) -> list[BadSample]:
+        """Return the samples with a bad record, as `ConversationFiles.find_bad_samples`."""
+        return find_bad_samples(self, indices, on_sample)
+
     def __getitem__(self, index: int) -> Sample:
         """Return sample `index` (from 0), or raise BadSample."""
-        shard = int(self._shard_ends.searchsorted(index, side="right"))
+        shard = self.shard_of(index)
         tar = self.tars[shard]
         entry_index = index - (int(self._shard_ends[shard - 1]) if shard else 0)
         name = f"{Path(tar).name} {entry_index}"
@@ -155,6 +166,8 @@ class WebDatasetShards:
             scan = _cached_index(tar, file_stamp(tar))
         except UserError as error:
             raise BadSample(name, str(error)) from error
+        if isinstance(scan, str):
+            raise BadSample(name, scan)
         if entry_index < len(scan.entries):
             return _make_sample(tar, scan.entries[entry_index])
         if scan.fault:
@@ -188,47 +201,22 @@ def _describe_left_out(left_out: Counter[str]) -> str:
 
 
 @functools.lru_cache(maxsize=CACHED_INDEXES)
-def _cached_index(tar: str, tar_stamp: FileStamp | None) -> TarScan:
-    """Return the index of a tar file with that stamp; reading it is retried."""
-    for _ in range(READ_TRIES - 1):
+def _cached_index(tar: str, tar_stamp: FileStamp | None) -> TarScan | str:
+    """Return the index of a tar file with that stamp, or why READ_TRIES attempts did not read it.
+
+    While a file is as it was, no more attempts are made. Of a URL the error is raised, and the next
+    sample tries anew.
+    """
+    for attempt in range(READ_TRIES):
         try:
             return load_shard_index(tar)
-        except UserError:
+        except UserError as error:
+            problem = error
+        if attempt < READ_TRIES - 1:
             time.sleep(RETRY_SECONDS)
-    return load_shard_index(tar)
-
-
-def is_tar(name: str) -> bool:
-    """Tell whether a file name is that of a tar file, compressed or not."""
-    return name.lower().endswith((".tar", ".tgz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst"))
-
-
-def _read_shard_list(location: str) -> tuple[list[str], list[int]] | None:
-    """Return the tar files of a folder and their numbers of samples; None for a tar pattern."""
-    if is_tar(location):
-        return None
-    file = f"{location.rstrip('/')}/{SHARD_LIST_FILE}"
-    if not file_exists(file):
-        remedy = "give a folder that `pack` wrote, or tar files as dir/{000000..000123}.tar"
-        if Path(location).is_dir() and any(Path(location).iterdir()):
-            remedy = folder_remedy(Path(location))
-        raise UserError(f"data {location}: holds no {SHARD_LIST_FILE}; {remedy}")
-    content = read_json_file(file)
-    shards = content.get("shards") if isinstance(content, dict) else None
-    if not isinstance(shards, list) or not all(map(_is_shard, shards)) or not shards:
-        raise UserError(f"{file}: is not a list of shards with file and samples")
-    files = [file.removesuffix(SHARD_LIST_FILE) + shard["file"] for shard in shards]
-    return files, [shard["samples"] for shard in shards]
-
-
-def _is_shard(value: Any) -> bool:
-    return (
-        isinstance(value, dict)
-        and isinstance(value.get("file"), str)
-        and ".." not in Path(value["file"]).parts
-        and type(value.get("samples")) is int
-        and 0 < value["samples"] <= MAX_SHARD_SAMPLES
-    )
+    if tar_stamp is None:
+        raise problem
+    return str(problem)
 
 
 def _make_sample(tar: str, entry: ShardEntry) -> Sample:
@@ -245,7 +233,7 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
         raise BadSample(name, f"its json cannot be read ({error})") from error
     if not isinstance(record, dict):
         raise BadSample(name, "its json is not a mapping")
-    image_suffixes = sorted(filter(_is_image_member, members), key=_natural_sort_key)
+    image_suffixes = sorted(filter(is_image_member, members), key=_natural_sort_key)
     unread_texts = [suffix for suffix in CAPTION_NAMES if suffix in members]
     if not has_turns(record):
         metadata = {
@@ -262,33 +250,16 @@ def _make_sample(tar: str, entry: ShardEntry) -> Sample:
         suffix: TarImage(tar, f"{entry.key}.{suffix}", *location)
         for suffix, location in members.items()
     }
-    sample = sample_from_record(record, name, lambda file: _find_image(images, file, name))
+    sample = sample_from_record(record, name, ShardImageNames(name, entry.key, images).find)
     used_names = {image.name for image in sample.images}
     unread = [suffix for suffix in image_suffixes if images[suffix].name not in used_names]
     return replace(sample, unread_keys=(*sample.unread_keys, *unread, *unread_texts))
-
-
-def _is_image_member(suffix: str) -> bool:
-    return suffix.split(".")[-1] in IMAGE_EXTENSIONS
 
 
 def _natural_sort_key(suffix: str) -> str:
     """Return a key that sorts 2.jpg before 10.jpg."""
     number, _, rest = suffix.partition(".")
     return f"{number:0>9}.{rest}"
-
-
-def _find_image(tar_images: dict[str, TarImage], image_name: str, sample_name: str) -> TarImage:
-    """Return the image that a record calls KEY.jpg, jpg, or either after some folders."""
-    base = image_name.replace("\\", "/").rpartition("/")[2].lower()
-    for suffix in (base, base.partition(".")[2], base.rpartition(".")[2]):
-        if suffix in tar_images:
-            return tar_images[suffix]
-    known = [image.member_name for name, image in tar_images.items() if _is_image_member(name)]
-    raise BadSample(
-        sample_name,
-        f"its shard has no image {image_name} (its images: {', '.join(known) or 'none'})",
-    )
 
 
 def _caption_turns(

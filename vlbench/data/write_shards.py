@@ -19,7 +19,7 @@ from vlbench.data.record_images import EmbeddedImage
 from vlbench.data.record_keys import find_unread_keys
 from vlbench.data.sample import LazyImage, Sample
 from vlbench.data.shard_index import IMAGE_EXTENSIONS, format_index, index_path, scan_tar
-from vlbench.data.shards import SHARD_LIST_FILE
+from vlbench.data.shard_list import SHARD_LIST_FILE
 from vlbench.errors import BadSample, UserError
 from vlbench.new_folder import check_new_folder, write_new_folder
 from vlbench.system_errors import explain_unwritable
@@ -43,6 +43,9 @@ def run_pack(arguments: PackArguments) -> int:
     if progress.dropped_keys:
         keys = ", ".join(sorted(progress.dropped_keys))
         print(f"not carried over, as they name images by the paths that they had: {keys}")
+    if progress.dropped_turn_keys:
+        keys = ", ".join(sorted(progress.dropped_turn_keys))
+        print(f"not carried over, as turns have their role and text alone: {keys}")
     return 0
 
 
@@ -95,7 +98,7 @@ def _describe_job(source: ConversationFiles, samples_per_shard: int) -> dict[str
         "version": 1,
         "data": source.name,
         "stamps": [list(stamp) for stamp in source.records.stamps],
-        "images": str(source.image_folder),
+        "images": str(source.image_folder or ""),
         "allow_outside": source.allow_outside,
         "samples": samples_per_shard,
     }
@@ -141,6 +144,7 @@ def _sample_members(
             bad_samples.append(BadSample(sample.id, str(error)))
             continue
         unread = _unread_values(source, index, sample)
+        progress.dropped_turn_keys |= set(sample.unread_keys) - unread.keys()
         kept = {key: unread[key] for key in unread if _is_read_again(key, unread, image_names)}
         progress.dropped_keys |= unread.keys() - kept
         record = {**kept, **record_from_sample(sample, image_names)}
@@ -149,11 +153,14 @@ def _sample_members(
 
 
 def _unread_values(source: ConversationFiles, index: int, sample: Sample) -> dict[str, Any]:
-    """Return the keys of a record that are not read, with their values as JSON has them."""
+    """Return the keys of a record that are not read, with their values as JSON has them.
+
+    Those of its turns and of parts of a content (`turn KEY`) are left out.
+    """
     if not sample.unread_keys:
         return {}
     original = source.read_record(index)
-    values = {key: original.get(key) for key in sample.unread_keys}
+    values = {key: original[key] for key in sample.unread_keys if key in original}
     unread: dict[str, Any] = json.loads(json.dumps(values, default=str))  # dates of Parquet files
     return unread
 

@@ -20,6 +20,7 @@ from vlbench.data.data_sources import (
 from vlbench.data.image_processing import blank_image
 from vlbench.data.large_scene_exam import large_held_out_questions
 from vlbench.data.picture_labels import Evidence
+from vlbench.data.preflight import MAX_INSPECTED_SAMPLES
 from vlbench.data.sample import (
     IMAGE_PLACEHOLDER,
     LazyImage,
@@ -90,15 +91,39 @@ def final_questions(
     if held_out is not None:
         questions = source_questions(held_out, limit or MAX_OWN_QUESTIONS)
         return f"held-out {held_out.name}", questions, []
+    sources = [source for source, _ in open_stage_sources(stage_data)]
+    questions = _mixture_questions(sources, limit or MAX_OWN_QUESTIONS)
+    return "the training conversations (no data.val was given)", make_ids_unique(questions), []
+
+
+def _mixture_questions(sources: Sequence[SampleSource], limit: int) -> list[EvalQuestion]:
+    """Return at most `limit` questions about several sources; print what is left out.
+
+    Each has an equal share, and what it cannot take goes to the others. Questions stand source by
+    source, and the number of a record has that of its source before it.
+    """
+    most_records = MAX_INSPECTED_SAMPLES if len(sources) > 1 else None  # others have images
+    found: list[list[EvalQuestion]] = [[] for _ in sources]
+    left_out: list[list[LeftOutRecord]] = [[] for _ in sources]
+    wanted = [0] * len(sources)
+    unread = list(range(len(sources)))  # sources that may have more questions
+    while unread and (rest := limit - sum(map(len, found))):
+        share, more = divmod(rest, len(unread))
+        for place, number in enumerate(unread[:rest]):
+            wanted[number] += share + (place < more)
+            found[number], left_out[number] = collect_questions(
+                sources[number], wanted[number], most_records
+            )
+        unread = [number for number in unread if len(found[number]) == wanted[number]]
     questions = []
-    sources = open_stage_sources(stage_data)
-    for number, (source, _) in enumerate(sources, 1):
-        prefix = f"{number}." if len(sources) > 1 else ""
+    for number, source in enumerate(sources):
+        _print_left_out(source, left_out[number])
+        prefix = f"{number + 1}." if len(sources) > 1 else ""
         questions += [
             replace(question, record_number=f"{prefix}{question.record_number}")
-            for question in source_questions(source, (limit or MAX_OWN_QUESTIONS) - len(questions))
+            for question in make_ids_unique(found[number])
         ]
-    return "the training conversations (no data.val was given)", make_ids_unique(questions), []
+    return questions
 
 
 def count_final_questions(data: DataConfig, limit: int | None) -> int:
@@ -152,22 +177,27 @@ def _drop_answers(sample: Sample) -> Sample:
 def source_questions(source: SampleSource, limit: int) -> list[EvalQuestion]:
     """Return the questions of `collect_questions` with unique ids; print what is left out."""
     questions, left_out = collect_questions(source, limit)
-    if left_out:
-        print(f"{source.name}: nothing is asked about {describe_left_out(left_out)}")
+    _print_left_out(source, left_out)
     return make_ids_unique(questions)
 
 
+def _print_left_out(source: SampleSource, left_out: Sequence[LeftOutRecord]) -> None:
+    if left_out:
+        print(f"{source.name}: nothing is asked about {describe_left_out(left_out)}")
+
+
 def collect_questions(
-    source: SampleSource, limit: int
+    source: SampleSource, limit: int, most_records: int | None = None
 ) -> tuple[list[EvalQuestion], list[LeftOutRecord]]:
     """Return one question per assistant turn of the first samples with an image, at most `limit`.
 
     Earlier turns stay in the conversation as they are in the data. Left out are bad samples, those
-    with an image that cannot be read, and those without an image.
+    with an image that cannot be read, and those without an image. If `most_records` is given, only
+    that many records are read.
     """
     questions: list[EvalQuestion] = []
     left_out: list[LeftOutRecord] = []
-    for index in range(len(source)):
+    for index in range(len(source))[:most_records]:
         if len(questions) >= limit:
             break
         sample_id, reason = "", ""

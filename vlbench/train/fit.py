@@ -334,6 +334,8 @@ def build_or_resume_model(
     else:
         vlm = build_vlm(config, stage.image_size, stage.objective, is_sharded)
     vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
+    if config.draft_decoding and not vlm.processor.transform.can_draft:
+        print("data.decode=draft has no effect: images are squashed or cropped, not padded")
     for stage_run in stage_runs:
         check_trainable_stage(vlm.model, stage_run.name, stage_run.stage, stage_run.total_steps)
     return vlm, position

@@ -2,7 +2,7 @@
 
 versions.json has a checksum of every path of data, and size and modification time of the files:
 where these are as they were, nothing is read. It has the steps of each stage, too, which the number
-of records may decide.
+of records may decide, and which order of shards and Parquet files it has.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from vlbench.data.chosen_samples import base_source
 from vlbench.data.data_checksums import (
     CHECKSUMS_KEY,
     DATA_KEYS,
+    ORDERS_KEY,
     STAMPS_KEY,
     STEPS_KEY,
     checksum_sources,
     stamp_sources,
 )
+from vlbench.data.shard_sampler import ORDER_VERSION
 from vlbench.errors import UserError
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.quarantine import forget_sources
@@ -37,19 +39,21 @@ def keep_data(run: RunFolder, stage_runs: Sequence[StageRun]) -> None:
 
     Raises:
         UserError: Data differ on which the run has trained and would go on to train; a line for
-            each path.
+            each path. Or a stage is under way in another order of its shards or Parquet files.
     """
     if run.is_finished:
         return
     restore_stage_steps(run, stage_runs)
-    recorded, stamps, steps = (_read_mapping(run, key) for key in DATA_KEYS)
+    recorded, stamps, steps, orders = (_read_mapping(run, key) for key in DATA_KEYS)
     sources = {source.name: source for one in stage_runs for source in one.all_sources}
     new_stamps = stamp_sources(sources.values())
     same_files = {name for name in recorded if stamps.get(name, ()) == new_stamps.get(name)}
     checksums = checksum_sources(sources[name] for name in sources.keys() - same_files)
     changed = {name for name, found in checksums.items() if found != recorded.get(name, found)}
     position = run.latest_position
-    trained = _training_paths(one for one in stage_runs if _has_begun(position, one))
+    begun = [one for one in stage_runs if _has_begun(position, one)]
+    _refuse_other_order(run, [one for one in begun if not _is_done(position, one, steps)], orders)
+    trained = _training_paths(begun)
     wanted = _training_paths(one for one in stage_runs if not _is_done(position, one, steps))
     mixed = sorted(changed & trained & wanted)
     if mixed:
@@ -69,13 +73,35 @@ def keep_data(run: RunFolder, stage_runs: Sequence[StageRun]) -> None:
     found = {name: one for name, one in checksums.items() if name not in changed & trained}
     found_stamps = {name: new_stamps[name] for name in found if name in new_stamps}
     new_steps = {one.name: one.total_steps for one in stage_runs}
+    new_orders = {one.name: ORDER_VERSION for one in stage_runs if not _has_begun(position, one)}
     run.record_versions(
         {
             CHECKSUMS_KEY: {**recorded, **found},
             STAMPS_KEY: {**stamps, **found_stamps},
             STEPS_KEY: {**steps, **new_steps},
+            ORDERS_KEY: {**orders, **new_orders},
         }
     )
+
+
+def _refuse_other_order(
+    run: RunFolder, under_way: Sequence[StageRun], orders: Mapping[str, Any]
+) -> None:
+    """Raise a UserError for a stage that this version would go on with in another order."""
+    for one in under_way:
+        # of a single shard the order is as it was
+        in_parts = [
+            source.name
+            for source in one.data.sources
+            if len(getattr(source, "block_counts", None) or ()) > 1
+        ]
+        if in_parts and orders.get(one.name, 1) != ORDER_VERSION:
+            raise UserError(
+                f"run={run.folder} is in stage {one.name}, and this version reads shards and "
+                f"Parquet files in another order than the one that began it: {in_parts[0]}. Go on "
+                "with that version (versions.json), or begin a new run with "
+                f"{shlex.quote(f'init={run.folder}')}"
+            )
 
 
 def restore_stage_steps(run: RunFolder, stage_runs: Iterable[StageRun]) -> None:

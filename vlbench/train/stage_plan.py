@@ -155,8 +155,8 @@ def check_data(stage_runs: Sequence[StageRun]) -> list[BadSample]:
             if is_new:
                 check_usable_shards(stage_run, source, report.bad_samples)
                 _report_left_out(source, report)
-            if source is val_source and stage_run.stage.sample_format == "caption":
-                _report_no_captions(stage_run, source, report.bad_samples)
+            if stage_run.stage.sample_format == "caption":
+                _report_captions(stage_run, source, report)
         if stage_run.total_steps:
             check_caption_images(stage_run, _all_bad_samples(reports.values()))
     bad_samples = _all_bad_samples(reports.values())
@@ -232,13 +232,14 @@ def _report_no_questions(last_stage_run: StageRun, bad_samples: list[BadSample])
         print(f"{names}: no sample has an image, so no question will be asked at the end")
 
 
-def _report_no_captions(
-    stage_run: StageRun, val_source: SampleSource, bad_samples: list[BadSample]
-) -> None:
-    """Print it if a stage of captions has no image among its held-out samples."""
-    if not has_images(val_source, bad_samples):
+def _report_captions(stage_run: StageRun, source: SampleSource, report: PreflightReport) -> None:
+    """Print what a stage of captions leaves out, and it if no held-out sample has an image."""
+    told = report.beyond_captions.describe(report.inspected_words)
+    if told:
+        print(f"stage {stage_run.name}: {source.name}: {told}")
+    if source is stage_run.val_source and not has_images(source, report.bad_samples):
         print(
-            f"stage {stage_run.name}: data.val {val_source.name} has no image, and the stage "
+            f"stage {stage_run.name}: data.val {source.name} has no image, and the stage "
             "learns captions: nothing is held out"
         )
 
