@@ -26,9 +26,9 @@ from vlbench.compare.experiment.run_jobs import (
     TrainingJob,
     count_slots,
     train_jobs,
-    write_slurm_script,
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
+from vlbench.compare.experiment.slurm_array import count_task_gpus, write_slurm_script
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
@@ -37,6 +37,7 @@ from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
 from vlbench.compare.report.sweep_summary import describe_sweep
 from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.errors import UserError
@@ -52,8 +53,8 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
-    _check_machine(grid)  # before sizes are solved, which takes seconds
     grid = expand_curves(match_budgets(grid))
+    _check_machine(grid)  # once the rows are those that have runs: finished ones need nothing
     tasks = task_jobs.plan_tasks(grid)
     _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
     if grid.dry_run:
@@ -92,6 +93,10 @@ def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
     return grid
 
 
+def _load_recipes(grid: ComparisonGrid) -> dict[str, Recipe]:
+    return {row.name: grids.load_recipe(row, grid.seeds[0]) for row in grid.rows}
+
+
 def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
     """Refuse folders of runs that were begun with another recipe: they would count as these."""
     for job in jobs:
@@ -122,12 +127,20 @@ def _hold_grid_folder(grid: ComparisonGrid) -> Iterator[None]:
 
 
 def _check_machine(grid: ComparisonGrid) -> None:
-    """Refuse runs that need more than this machine has, if any is to be trained here."""
-    unfinished = any(not RunFolder(folder).is_finished for folder in grid.run_folders())
-    if unfinished and not grid.dry_run and grid.jobs != "slurm":
+    """Refuse unfinished runs that need several machines, or here more than this machine has."""
+    jobs = [*lr_sweep.trial_jobs(grid), *_make_jobs(grid)]
+    if all(RunFolder(job.folder).is_finished for job in jobs):
+        return
+    recipe_by_row = _load_recipes(grid)
+    for name, recipe in recipe_by_row.items():
+        if recipe.trainer.num_nodes > 1:
+            raise UserError(
+                f"row {name}: trainer.num_nodes is {recipe.trainer.num_nodes}, and compare trains "
+                "every run on one machine; trainer.devices=NUMBER takes several GPUs of it"
+            )
+    if not grid.dry_run and grid.jobs != "slurm":
         slot_count = int(grid.jobs) if grid.jobs.isdecimal() else 1
-        row_recipes = [grids.load_recipe(row, grid.seeds[0]) for row in grid.rows]
-        check_parallel_runs(row_recipes, slot_count)
+        check_parallel_runs(list(recipe_by_row.values()), slot_count)
 
 
 def _write_command(grid: ComparisonGrid) -> None:
@@ -243,9 +256,11 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
         return _write_reports(grid, diverged, [])
-    script = write_slurm_script(todo, grid.folder)
-    command = shlex.join(["sbatch", str(script)])
-    print(f"{command}  # {len(todo)} runs, one GPU each; then repeat this command")
+    trained = [recipes.load_recipe(list(job.overrides)) for job in todo if job.verb == "fit"]
+    gpus = count_task_gpus(trained)
+    command = shlex.join(["sbatch", str(write_slurm_script(todo, grid.folder, trained))])
+    each = "one GPU each" if gpus == 1 else f"{gpus} GPUs each"
+    print(f"{command}  # {len(todo)} runs, {each}; then repeat this command")
     return 0
 
 
