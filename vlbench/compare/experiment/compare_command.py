@@ -18,6 +18,7 @@ from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
+from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
 from vlbench.compare.experiment.run_jobs import (
@@ -54,14 +55,17 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
     grid = expand_curves(match_budgets(grid))
+    _refuse_rows_made_equal(grid)
     _check_machine(grid)  # once the rows are those that have runs: finished ones need nothing
     tasks = task_jobs.plan_tasks(grid)
-    _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
+    _refuse_other_recipes([*lr_sweep.trial_jobs(grid), *_make_jobs(lr_sweep.settled_grid(grid))])
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
+        if not grid.lr_factors:
+            lr_sweep.forget_unused_choices(grid)
         if grid.curve_plan:
             write_curve_plan(grid.curve_plan, grid.folder)
         cost_estimate.print_plan(grid, tasks)
@@ -88,9 +92,23 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
 def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
     """Return the grid with the rates that the trials found best; print what they found."""
     grid = lr_sweep.apply_best_lr(grid)
-    print(*(f"  {sentence}" for sentence in describe_sweep(grid.folder)), sep="\n", flush=True)
-    _refuse_other_recipes(_make_jobs(grid))
+    print(*(f"  {sentence}" for sentence in _describe_sweep(grid)), sep="\n", flush=True)
     return grid
+
+
+def _describe_sweep(grid: ComparisonGrid) -> list[str]:
+    return describe_sweep(grid.folder, [row.name for row in grid.rows])
+
+
+def _refuse_rows_made_equal(grid: ComparisonGrid) -> None:
+    """Refuse rows that `match=` has made the same experiment, or that the sweep may make so.
+
+    Points of curves are told apart by their budgets.
+    """
+    if grid.curve_plan is None and (grid.budget_to_match or grid.lr_factors):
+        recipe_by_row = _load_recipes(grid)
+        refuse_equal_rows(recipe_by_row, f"match={grid.budget_to_match}")
+        refuse_equal_trials(recipe_by_row, lr_sweep.possible_choices(grid))
 
 
 def _load_recipes(grid: ComparisonGrid) -> dict[str, Recipe]:
@@ -287,7 +305,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        sweep = describe_sweep(grid.folder) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
+        sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
         findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
