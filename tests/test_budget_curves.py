@@ -131,3 +131,20 @@ def test_the_plan_is_kept_beside_the_runs(tmp_path, monkeypatch):
     (tmp_path / "c/curve.json").write_text('{"budget": "visual_tokens", "points": [{"row": 3}]}')
     with pytest.raises(UserError, match=r"curve\.json: is no plan of a curve"):
         load_curve_plan(tmp_path / "c")
+
+
+def test_a_finished_curve_may_be_read_on_a_smaller_machine(tmp_path, monkeypatch, capsys):
+    """Its runs lie in the folders of points, which are known once the budgets are solved."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
+    monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
+    monkeypatch.setattr(compare_command, "_write_reports", lambda *_: 0)
+    words = ["compare", *LADDER, "seeds=2", "run=c", "jobs=1000"]
+    folders = expanded(*LADDER).run_folders()
+    for folder in folders:
+        folder.mkdir(parents=True)
+        (folder / "results.json").write_text("{}")
+    assert main(words) == 0
+    (folders[0] / "results.json").unlink()
+    assert main(words) == 2
+    assert "jobs is 1000, runs at once" in capsys.readouterr().err

@@ -101,7 +101,9 @@ def test_parts_have_factors_of_their_own(home):
     (row,) = lr_sweep.apply_best_lr(grid).rows
     rates = grids.load_recipe(row, 0).stages["chat"].trained_parts
     assert rates["connector"].lr == 2e-4 and rates["language"].lr == 3e-3
-    assert "at the edge of what was tried (language x 3)" in " ".join(describe_sweep(home / "c"))
+    assert "at the edge of what was tried (language x 3)" in " ".join(
+        describe_sweep(home / "c", ["yivl_llava"])
+    )
 
 
 def sweep(home: Path, factors: str, *losses: str) -> list[str]:
@@ -109,7 +111,7 @@ def sweep(home: Path, factors: str, *losses: str) -> list[str]:
     for trial, loss in zip(lr_sweep.list_trials(grid), losses, strict=True):
         finish(lr_sweep.trial_folder(grid, grid.rows[0], trial), loss)
     lr_sweep.apply_best_lr(grid)
-    return describe_sweep(home / "c")
+    return describe_sweep(home / "c", ["yivl_llava"])
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,9 @@
-"""Runs as processes: several at once, none before what it waits for, all told to stop; Slurm."""
+"""Runs as processes: several at once, none before what it waits for, all told to stop."""
 
 from __future__ import annotations
 
 import json
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -14,12 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from vlbench.__main__ import main
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment import lr_sweep, run_jobs
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
-from vlbench.train.run_folder import RunFolder
 
 SLEEPS = "import time, sys; time.sleep(0.6); print('the end'); sys.exit(int(sys.argv[1]))"
 SAVES = """
@@ -32,9 +29,6 @@ signal.signal(signal.SIGINT, save)
 print('ready', flush=True)
 time.sleep(60)
 """
-SHORT = [f"stages.{name}.global_batch_size=2" for name in ("align_224", "align_448", "chat")]
-SHORT += [f"stages.{name}.steps=2" for name in ("align_224", "align_448", "chat")]
-SHORT += ["log.questions=6", "log.examples=0", "log.tensorboard=false", "log.every_n_steps=1"]
 
 
 @pytest.fixture
@@ -119,52 +113,6 @@ def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path,
     assert [env["CUDA_VISIBLE_DEVICES"] for env in programs[2:]] == ["5", "7"]
     monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 0)
     assert run_jobs.count_slots("auto") == 4 and run_jobs.count_slots("6") == 6
-
-
-def test_slurm_gets_a_command_per_run(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    words = ["compare", "recipe=yivl_llava,yivl_qformer", "seeds=2", "run=my grid", "jobs=slurm"]
-    assert main([*words, *SHORT]) == 0
-    assert "sbatch 'my grid/array.sh'  # 4 runs" in capsys.readouterr().out
-    commands = (tmp_path / "my grid/commands.txt").read_text().splitlines()
-    assert len(commands) == 4
-    assert shlex.split(commands[3])[3:5] == ["fit", "recipe=yivl_qformer"]
-    assert shlex.split(commands[3])[-2:] == ["seed=1", "run=my grid/yivl_qformer/seed1"]
-    script = (tmp_path / "my grid/array.sh").read_text()
-    assert "#SBATCH --array=1-4" in script
-    # what a task of the array does, with a command of ours in the file
-    (tmp_path / "my grid/commands.txt").write_text("echo one\necho 'two words'\n")
-    env = {**os.environ, "SLURM_ARRAY_TASK_ID": "2"}
-    ran = subprocess.run(
-        ["bash", "my grid/array.sh"], env=env, capture_output=True, text=True, check=True
-    )
-    assert ran.stdout == "two words\n"
-
-
-def test_slurm_leaves_out_runs_that_have_diverged(tmp_path, monkeypatch, capsys):
-    """A trial whose rate is too high diverges each time: the comparison goes on without it."""
-    monkeypatch.chdir(tmp_path)
-    words = ["compare", "recipe=yivl_llava", "seeds=2", "run=c", "jobs=slurm", *SHORT]
-    assert main([*words, "sweep=0.5,9"]) == 0
-    assert "# 2 runs" in capsys.readouterr().out
-    low, high = (Path(f"c/sweep/yivl_llava/x{factor}") for factor in ("0.5", "9"))
-    for folder in (low, high):
-        folder.mkdir(parents=True)
-    RunFolder(high).record_divergence("stage chat: the loss was not finite")
-    assert main([*words, "sweep=0.5,9"]) == 0
-    said = capsys.readouterr()
-    assert "# 1 runs" in said.out
-    assert "rate x 9: failed: stage chat: the loss was not finite. It is left out" in said.err
-    assert f"delete {high / 'diverged.txt'}" in said.err
-    RunFolder(low).record_divergence("so was this one")
-    assert main([*words, "sweep=0.5,9"]) == 0  # the runs themselves, at the recipe's rates
-    assert "# 2 runs" in capsys.readouterr().out
-    for seed in (0, 1):
-        folder = Path(f"c/yivl_llava/seed{seed}")
-        folder.mkdir(parents=True)
-        RunFolder(folder).record_divergence("the gradient was not finite")
-    assert main([*words, "sweep=0.5,9"]) == 1  # nothing is left to train
-    assert "sbatch" not in capsys.readouterr().out
 
 
 def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):

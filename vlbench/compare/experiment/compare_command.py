@@ -18,6 +18,7 @@ from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
+from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
 from vlbench.compare.experiment.run_jobs import (
@@ -26,9 +27,9 @@ from vlbench.compare.experiment.run_jobs import (
     TrainingJob,
     count_slots,
     train_jobs,
-    write_slurm_script,
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
+from vlbench.compare.experiment.slurm_array import count_task_gpus, write_slurm_script
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
@@ -37,6 +38,7 @@ from vlbench.compare.report.markdown_report import render_markdown
 from vlbench.compare.report.report_command import write_report
 from vlbench.compare.report.sweep_summary import describe_sweep
 from vlbench.config import recipe as recipes
+from vlbench.config.schema import Recipe
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.errors import UserError
@@ -52,15 +54,18 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
-    _check_machine(grid)  # before sizes are solved, which takes seconds
     grid = expand_curves(match_budgets(grid))
+    _refuse_rows_made_equal(grid)
+    _check_machine(grid)  # once the rows are those that have runs: finished ones need nothing
     tasks = task_jobs.plan_tasks(grid)
-    _refuse_other_recipes(lr_sweep.trial_jobs(grid) or _make_jobs(grid))
+    _refuse_other_recipes([*lr_sweep.trial_jobs(grid), *_make_jobs(lr_sweep.settled_grid(grid))])
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
     with _hold_grid_folder(grid):
         _write_command(grid)
+        if not grid.lr_factors:
+            lr_sweep.forget_unused_choices(grid)
         if grid.curve_plan:
             write_curve_plan(grid.curve_plan, grid.folder)
         cost_estimate.print_plan(grid, tasks)
@@ -87,9 +92,27 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
 def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
     """Return the grid with the rates that the trials found best; print what they found."""
     grid = lr_sweep.apply_best_lr(grid)
-    print(*(f"  {sentence}" for sentence in describe_sweep(grid.folder)), sep="\n", flush=True)
-    _refuse_other_recipes(_make_jobs(grid))
+    print(*(f"  {sentence}" for sentence in _describe_sweep(grid)), sep="\n", flush=True)
     return grid
+
+
+def _describe_sweep(grid: ComparisonGrid) -> list[str]:
+    return describe_sweep(grid.folder, [row.name for row in grid.rows])
+
+
+def _refuse_rows_made_equal(grid: ComparisonGrid) -> None:
+    """Refuse rows that `match=` has made the same experiment, or that the sweep may make so.
+
+    Points of curves are told apart by their budgets.
+    """
+    if grid.curve_plan is None and (grid.budget_to_match or grid.lr_factors):
+        recipe_by_row = _load_recipes(grid)
+        refuse_equal_rows(recipe_by_row, f"match={grid.budget_to_match}")
+        refuse_equal_trials(recipe_by_row, lr_sweep.possible_choices(grid))
+
+
+def _load_recipes(grid: ComparisonGrid) -> dict[str, Recipe]:
+    return {row.name: grids.load_recipe(row, grid.seeds[0]) for row in grid.rows}
 
 
 def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
@@ -122,12 +145,20 @@ def _hold_grid_folder(grid: ComparisonGrid) -> Iterator[None]:
 
 
 def _check_machine(grid: ComparisonGrid) -> None:
-    """Refuse runs that need more than this machine has, if any is to be trained here."""
-    unfinished = any(not RunFolder(folder).is_finished for folder in grid.run_folders())
-    if unfinished and not grid.dry_run and grid.jobs != "slurm":
+    """Refuse unfinished runs that need several machines, or here more than this machine has."""
+    jobs = [*lr_sweep.trial_jobs(grid), *_make_jobs(grid)]
+    if all(RunFolder(job.folder).is_finished for job in jobs):
+        return
+    recipe_by_row = _load_recipes(grid)
+    for name, recipe in recipe_by_row.items():
+        if recipe.trainer.num_nodes > 1:
+            raise UserError(
+                f"row {name}: trainer.num_nodes is {recipe.trainer.num_nodes}, and compare trains "
+                "every run on one machine; trainer.devices=NUMBER takes several GPUs of it"
+            )
+    if not grid.dry_run and grid.jobs != "slurm":
         slot_count = int(grid.jobs) if grid.jobs.isdecimal() else 1
-        row_recipes = [grids.load_recipe(row, grid.seeds[0]) for row in grid.rows]
-        check_parallel_runs(row_recipes, slot_count)
+        check_parallel_runs(list(recipe_by_row.values()), slot_count)
 
 
 def _write_command(grid: ComparisonGrid) -> None:
@@ -243,9 +274,11 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
         return _write_reports(grid, diverged, [])
-    script = write_slurm_script(todo, grid.folder)
-    command = shlex.join(["sbatch", str(script)])
-    print(f"{command}  # {len(todo)} runs, one GPU each; then repeat this command")
+    trained = [recipes.load_recipe(list(job.overrides)) for job in todo if job.verb == "fit"]
+    gpus = count_task_gpus(trained)
+    command = shlex.join(["sbatch", str(write_slurm_script(todo, grid.folder, trained))])
+    each = "one GPU each" if gpus == 1 else f"{gpus} GPUs each"
+    print(f"{command}  # {len(todo)} runs, {each}; then repeat this command")
     return 0
 
 
@@ -272,7 +305,7 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
         load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
     ]
     if runs:
-        sweep = describe_sweep(grid.folder) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
+        sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
         findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,10 +11,11 @@ from typing import get_args
 
 from vlbench.command_line.arguments import BudgetName, EvalArguments
 from vlbench.command_line.compare_arguments import DEFAULT_MATCH_LIMIT, CompareArguments
-from vlbench.command_line.overrides import flatten_keys, format_override, shorten_keys
+from vlbench.command_line.overrides import format_override, shorten_keys
 from vlbench.command_line.parser import split_arguments
 from vlbench.command_line.task_words import OWN_TASK, build_tasks, split_task_words
 from vlbench.compare.experiment.curve_request import CurveRequest, parse_curve
+from vlbench.compare.experiment.equal_rows import refuse_equal_rows
 from vlbench.compare.experiment.sweep_factors import (
     LrFactors,
     check_sweep,
@@ -23,7 +23,6 @@ from vlbench.compare.experiment.sweep_factors import (
     take_part_words,
 )
 from vlbench.compare.report.curve_plan import CurvePlan
-from vlbench.compare.report.row_identity import row_identity
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS
 from vlbench.config.schema import Recipe
@@ -171,7 +170,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]
         recipes_by_row = _load_recipes(rows, seeds[0])
-    _refuse_equal_rows(recipes_by_row)
+    refuse_equal_rows(recipes_by_row)
     check_sweep(lr_factors, recipes_by_row, seeds)
     return ComparisonGrid(
         tuple(rows),
@@ -277,25 +276,6 @@ def _load_recipes(rows: Sequence[GridRow], seed: int) -> dict[str, Recipe]:
     if lines:
         raise UserError(*dict.fromkeys(lines))
     return loaded
-
-
-def _refuse_equal_rows(recipes_by_row: Mapping[str, Recipe]) -> None:
-    """Refuse rows that train the same: a report could only count them as one."""
-    rows_by_identity: dict[str, str] = {}
-    for name, recipe in recipes_by_row.items():
-        flat = flatten_keys(recipes.to_plain(recipe))
-        identity = json.dumps(row_identity(flat, {}), sort_keys=True)
-        other = rows_by_identity.setdefault(identity, name)
-        if other == name:
-            continue
-        before = flatten_keys(recipes.to_plain(recipes_by_row[other]))
-        changed = [key for key in flat if flat[key] != before.get(key) and key != "recipe"]
-        difference = (
-            f"what differs ({', '.join(changed)}) is how a run is made, not what it trains"
-            if changed
-            else "their recipes are equal in every key, defaults included"
-        )
-        raise UserError(f"rows {other} and {name} are the same experiment: {difference}")
 
 
 def _check_task_words(tasks: str | None, task_words: Sequence[str]) -> None:

@@ -1,10 +1,9 @@
-"""The runs of a comparison as processes: one after the other, in parallel, or as a Slurm array."""
+"""The runs of a comparison as processes: one after the other, or in parallel."""
 
 from __future__ import annotations
 
 import ctypes
 import os
-import shlex
 import signal
 import subprocess
 import sys
@@ -19,7 +18,7 @@ import torch
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.regular_files import open_regular
 from vlbench.stop_signals import handle_stop_signals
-from vlbench.text_files import append_text, split_lines, write_atomically
+from vlbench.text_files import append_text, split_lines
 
 PR_SET_PDEATHSIG = 1  # option of prctl(2): the signal sent when the parent process dies
 MAX_CPU_RUNS = 4  # parallel runs of jobs=auto on CPU: there may be no memory for more
@@ -158,29 +157,3 @@ def _collect_stop_signals() -> Iterator[list[int]]:
         yield received
     finally:
         restore_handlers()
-
-
-def write_slurm_script(jobs: Sequence[TrainingJob], folder: Path) -> Path:
-    """Write `commands.txt` and a Slurm array script that runs its lines; return the script."""
-    commands = folder / "commands.txt"
-    lines = [
-        shlex.join([sys.executable, "-m", "vlbench", job.verb, *job.overrides]) for job in jobs
-    ]
-    write_atomically(commands, "\n".join(lines) + "\n")
-    script = folder / "array.sh"
-    write_atomically(
-        script,
-        f"""#!/bin/bash
-#SBATCH --job-name={shlex.quote(f"vlbench-{folder.name}")}
-#SBATCH --array=1-{len(jobs)}
-#SBATCH --gpus=1
-#SBATCH --output={shlex.quote(str(folder).replace("%", "%%"))}/slurm-%a.log
-#SBATCH --open-mode=append
-#SBATCH --requeue
-#SBATCH --signal=B:TERM@120
-# One run per line of commands.txt. A stopped run has saved; submit again to resume it.
-cd {shlex.quote(str(Path.cwd()))} || exit 1
-eval "exec $(sed -n "${{SLURM_ARRAY_TASK_ID}}p" < {shlex.quote(str(commands))})"
-""",
-    )
-    return script
