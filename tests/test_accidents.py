@@ -24,13 +24,16 @@ from forked_command import run_command, run_forked
 
 from vlbench import file_lock
 from vlbench.__main__ import main
+from vlbench.compare.experiment import probe_run
 from vlbench.compare.experiment.run_jobs import TrainingJob
 from vlbench.compare.experiment.slurm_array import write_slurm_script
+from vlbench.config import recipe as recipes
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.file_lock import LOCK_FILE
-from vlbench.system_errors import explain_system_error
+from vlbench.system_errors import explain_system_error, is_memory_error
 from vlbench.train import checkpoint_files
 from vlbench.train.callbacks import GracefulStop
+from vlbench.train.lightning_trainer import explain_stage_errors
 from vlbench.train.run_folder import RunFolder
 
 ODD_NAME = "a b;$(touch x)'\"\u00e9"
@@ -178,6 +181,45 @@ def test_what_the_machine_lacks_is_one_line_with_code_1(error: Exception, words:
     explained = explain_system_error(error)
     assert isinstance(explained, EnvironmentFailure)
     assert words in str(explained) and "\n" not in str(explained)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(
+            "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 8.00 "
+            "GiB of which 1.00 GiB is free. Of the allocated memory 5.00 GiB is by PyTorch"
+        ),
+        torch.OutOfMemoryError("Allocation on device would exceed allowed memory."),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be reported later"),
+        RuntimeError("HIP out of memory. Tried to allocate 20.00 MiB"),
+        RuntimeError("MPS backend out of memory (MPS allocated: 8.00 GB)"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+        RuntimeError("NCCL error: Last error:\nCuda failure 2 'out of memory'"),
+    ],
+)
+def test_a_gpu_without_memory_is_one_line_that_says_what_helps_there(error: Exception) -> None:
+    assert is_memory_error(error)
+    line = str(explain_system_error(error))
+    assert "out of memory on the GPU" in line and "batch=" in line and "dtype=" in line
+    assert "ulimit" not in line and "\n" not in line and "by PyTorch" not in line
+    stage = recipes.load_recipe(["recipe=yivl_llava"]).stages["chat"]
+    with pytest.raises(EnvironmentFailure, match="out of memory in stage chat: lower stages.chat"):
+        with explain_stage_errors("chat", stage):
+            raise error
+
+
+def test_a_probe_without_memory_ends_in_one_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_out(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(probe_run, "measure_stages", run_out)
+    assert probe_run.run_probe(["recipe=yivl_llava"]) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("vlbench: out of memory on the GPU")
 
 
 def test_a_fault_of_the_program_is_not_explained_away() -> None:

@@ -253,6 +253,7 @@ def test_a_failed_run_is_named_and_does_not_sink_the_rest(tmp_path, monkeypatch,
     words = ["recipe=yivl_llava", "seeds=1", "run=c", *SHORT]
     grid = "grid=connector.name=linear | connector.name=avgpool"
     (tmp_path / "c/linear").rename(tmp_path / "c/connector.name=linear")
+    (tmp_path / "c/command.txt").write_text("python -m vlbench compare recipe=yivl_llava\n")
     assert main(["compare", *words, grid]) == 1
     captured = capfd.readouterr()
     assert "failed: run=c/connector.name=linear/seed0 is a folder with other things" in captured.err

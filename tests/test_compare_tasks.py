@@ -140,6 +140,23 @@ def test_runs_are_asked_again_with_blank_images(comparison, monkeypatch, capsys)
     assert main(words) == 0 and len(titles) == 2
 
 
+@pytest.mark.parametrize("kept", ["", "first line", "all"])
+def test_a_blank_pass_that_was_killed_goes_on(kept, comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1
+    scores = next(Path("c").rglob("scores.json"))
+    before = scores.read_text()
+    words = [*comparison, "tasks.vqa.limit=2", "tasks.vqa.blank=true"]
+    assert main(words) == 0 and "blank" in json.loads(scores.read_text())
+    blank = scores.with_name("blank.jsonl")
+    lines = blank.read_text().splitlines(keepends=True)
+    blank.write_text("".join(lines[: {"": 0, "first line": 1, "all": 2}[kept]]))
+    scores.write_text(before)  # the report is older as well
+    assert main(words) == 0 and len(titles) == 3
+    assert blank.read_text() == "".join(lines) and "blank" in json.loads(scores.read_text())
+    assert main(words) == 0 and len(titles) == 3
+
+
 def test_tasks_that_cannot_be_asked_are_named_and_fail_the_command(comparison, monkeypatch, capsys):
     titles = ask_here(monkeypatch)
     assert main(comparison) == 0

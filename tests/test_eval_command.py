@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from vlbench.__main__ import main
+from vlbench.compare.report.task_answers import number_repeats
 from vlbench.evaluate import batch_inference
 
 GOLDENS = Path(__file__).parent / "goldens" / "evaluation"
@@ -23,8 +24,9 @@ LAYOUTS = [
 
 
 def take(model: Path, out: Path, task: str, data: str, *words: str) -> int:
-    given = [f"model={model}", f"task={task}", f"data={GOLDENS / data}", f"out={out}", "batch=4"]
-    return main(["eval", *given, *words])
+    given = [f"model={model}", f"task={task}", f"data={GOLDENS / data}", f"out={out}"]
+    batch = [] if any(word.startswith("batch=") for word in words) else ["batch=4"]
+    return main(["eval", *given, *batch, *words])
 
 
 def answers(out: Path) -> list[dict]:
@@ -80,6 +82,100 @@ def test_another_exam_in_the_same_folder_is_refused(model, tmp_path, capsys):
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3") == 0
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 2
     assert "differ in protocol (yi before, lmms now)" in capsys.readouterr().err
+
+
+def run_out_of_memory(*_given, **_options):
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def test_settings_may_change_while_no_answer_is_kept(model, tmp_path, monkeypatch, capsys):
+    real = batch_inference.answer_batch
+    monkeypatch.setattr(batch_inference, "answer_batch", run_out_of_memory)
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "batch=16") == 1
+    said = capsys.readouterr().err.splitlines()
+    assert said[-1].startswith("vlbench: out of memory on the GPU") and "batch=" in said[-1]
+    assert "Traceback" not in "".join(said)
+    monkeypatch.setattr(batch_inference, "answer_batch", real)
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 0
+    settings = json.loads((tmp_path / "out/settings.json").read_text())
+    assert settings["protocol"] == "lmms" and settings["batch"] == 4
+    assert len(answers(tmp_path / "out")) == 3
+
+
+def test_scores_of_answers_that_were_deleted_go_with_them(model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    assert take(model, out, "mmmu", "mmmu_tiny", "limit=3") == 0
+    (out / "answers.jsonl").unlink()
+    monkeypatch.setattr(batch_inference, "answer_batch", run_out_of_memory)
+    assert take(model, out, "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 1
+    assert not {"scores.json", "scored.jsonl", "report.txt"} & {one.name for one in out.iterdir()}
+
+
+def test_a_smaller_batch_goes_on_with_the_answers_that_are_there(model, tmp_path, monkeypatch):
+    assert take(model, tmp_path / "whole", "mmmu", "mmmu_tiny") == 0
+    real, sizes = batch_inference.answer_batch, []
+
+    def runs_out(vlm, samples, **options):
+        sizes.append(len(samples))
+        if len(sizes) == 3:
+            run_out_of_memory()
+        return real(vlm, samples, **options)
+
+    monkeypatch.setattr(batch_inference, "answer_batch", runs_out)
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny") == 1 and sizes == [4, 4, 4]
+    assert len(answers(tmp_path / "out")) == 8
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "batch=2") == 0
+    assert answers(tmp_path / "out") == answers(tmp_path / "whole")
+    assert set(sizes[3:]) <= {1, 2} and sum(sizes[3:]) == len(answers(tmp_path / "out")) - 8
+    assert json.loads((tmp_path / "out/settings.json").read_text())["batch"] == 2
+
+
+def test_a_refusal_says_what_helps_where_the_folder_is_not_named(
+    model, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    words = ["eval", f"model={model}", "task=mmmu", f"data={GOLDENS / 'mmmu_tiny'}"]
+    assert main([*words, "limit=2"]) == 0 and main([*words, "limit=3"]) == 2
+    said = capsys.readouterr().err
+    folder = f"evals/{model.name}/mmmu-val-yi"
+    assert f"{folder} holds answers under other settings; they differ in questions (2" in said
+    assert said.endswith(f"To ask anew, move {folder} away\n")
+
+
+@pytest.mark.parametrize("name", ["answers.jsonl", "report.txt", "submission.jsonl"])
+def test_files_of_a_user_are_not_overwritten(name, model, tmp_path, capsys):
+    (tmp_path / name).write_text("mine\n")
+    assert take(model, tmp_path, "mmmu", "mmmu_tiny", "limit=2") == 2
+    assert f"holds {name} and no settings.json" in capsys.readouterr().err
+    assert (tmp_path / name).read_text() == "mine\n" and not (tmp_path / "settings.json").exists()
+
+
+def test_questions_of_one_id_have_the_same_names_whatever_is_left_out(model, tmp_path):
+    """Of three records with one id a second model may not be asked the first one."""
+    names = {}
+    for is_torn in (False, True):
+        data = tmp_path / f"data-{is_torn}"
+        shutil.copytree(GOLDENS / "cmmmu_tiny_github", data)
+        file = sorted(data.glob("cmmmu-data-val/*/*.jsonl"))[0]
+        records = [json.loads(line) for line in file.read_text().splitlines()]
+        text = [json.dumps({**one, "id": records[0]["id"]}) for one in records]
+        file.write_text("\n".join(text) + "\n", encoding="utf-8")
+        if is_torn:
+            image = file.parent / records[0]["img_list"][0]
+            image.write_bytes(image.read_bytes()[:50])
+        out = tmp_path / f"out-{is_torn}"
+        assert take(model, out, "cmmmu", str(data)) == 0
+        lines = [json.loads(line) for line in (out / "scored.jsonl").read_text().splitlines()]
+        names[is_torn] = {
+            name: line["options"] or line["answer"] for name, line in number_repeats(lines).items()
+        }
+    whole, torn = names[False], names[True]
+    assert len(whole) - len(torn) == 1 and torn.items() <= whole.items()
+
+
+def test_answers_of_earlier_versions_are_numbered_in_their_order():
+    lines = [{"id": "a"}, {"id": "a"}, {"id": "a", "name": "a#5"}, {"id": 7}]
+    assert list(number_repeats(lines)) == ["a", "a#2", "a#5", "7"]
 
 
 def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):

@@ -52,6 +52,35 @@ def test_rows_differences_and_sentences(runs, capsys):
     assert "| shape (150) |" in text and "| zh (100) |" in text and "chance" not in sentence
 
 
+def test_runs_that_diverged_or_are_not_finished_are_named(runs, capsys):
+    recipe = (runs / "llava/0/recipe.yaml").read_text()
+
+    def add(name: str, divergence: str = "", folders: tuple[str, ...] = ("checkpoints",)) -> None:
+        for folder in ("", *folders):
+            (runs / name / folder).mkdir(parents=True, exist_ok=True)
+            (runs / name / folder / "recipe.yaml").write_text(recipe)
+        (runs / name / "checkpoints/recipe.yaml").unlink(missing_ok=True)
+        if divergence:
+            (runs / name / "diverged.txt").write_text(divergence)
+
+    add("qformer/0", "the loss was not finite for 20 steps\n")
+    add("qformer/1", folders=("checkpoints", "checkpoints/0-align_224-000002"))
+    add("exported", folders=())
+    trial = recipe.replace("seed: 0", f"seed: {SWEEP_SEED}")
+    add("sweep/linear/x1")
+    (runs / "sweep/linear/x1/recipe.yaml").write_text(trial)
+    assert main(["report", str(runs), f"out={runs / 'report.json'}"]) == 0
+    text = capsys.readouterr().out
+    assert "2 runs failed or did not finish" in text and "## Failed or not finished" in text
+    failed = json.loads((runs / "report.json").read_text())["failed"]
+    assert list(failed) == [str(runs / "qformer/0"), str(runs / "qformer/1")]
+    assert failed[str(runs / "qformer/0")] == "the loss was not finite for 20 steps"
+    assert failed[str(runs / "qformer/1")].startswith("it is not finished")
+    assert main(["report", str(runs / "llava/0"), str(runs / "qformer/1")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "qformer/1 is not finished" in line
+
+
 def test_learning_rates_come_first_among_what_differs(tmp_path, capsys):
     run(tmp_path / "a", 0.8, 0)
     run(tmp_path / "b", 0.8, 0, "connector.depth=1", "stages.chat.train.connector.lr=1e-3")

@@ -49,6 +49,12 @@ MEMORY_WORDS = (
     "could not create a primitive",  # oneDNN's, as the next one: it does not say why
     "could not create a memory",
 )
+GPU_MEMORY_PATTERN = re.compile(
+    r"\b(cuda|hip|xpu|mps)\b.{0,40}\bout of memory"  # the allocators, the runtimes, NCCL
+    r"|(cublas|cudnn)_status\w*_?alloc(ation)?_failed",
+    re.IGNORECASE,
+)
+GPU_ERROR_NAME = "OutOfMemoryError"  # torch's type, known by name: this file imports no torch
 
 
 def error_number(error: BaseException) -> int | None:
@@ -62,7 +68,14 @@ def error_number(error: BaseException) -> int | None:
 def is_memory_error(error: BaseException) -> bool:
     """Tell whether an error of Python, torch or a library of theirs means that memory ran out."""
     text = str(error).lower()
-    return isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS)
+    is_of_host = isinstance(error, MemoryError) or any(words in text for words in MEMORY_WORDS)
+    return is_of_host or _is_gpu_memory_error(error)
+
+
+def _is_gpu_memory_error(error: BaseException) -> bool:
+    """Tell whether the memory of a GPU ran out: by torch's type, or the text of a library."""
+    names = {kind.__name__ for kind in type(error).__mro__}
+    return GPU_ERROR_NAME in names or bool(GPU_MEMORY_PATTERN.search(str(error)))
 
 
 def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure | None:
@@ -80,6 +93,13 @@ def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure
         return UserError("a path begins with ~NAME, and there is no such user here")
     if "can't start new thread" in text:
         return EnvironmentFailure(f"{EXHAUSTED_REASONS[errno.EAGAIN]}: {text}")
+    if _is_gpu_memory_error(error):
+        told = text.partition(" Of the allocated memory")[0]  # what is left is for programmers
+        return EnvironmentFailure(
+            "out of memory on the GPU: end other programs there, or ask for less at once: a "
+            "smaller batch= (at the end of fit a smaller log.questions=), dtype=bfloat16, fewer or "
+            f"smaller images, shorter answers ({told.rstrip('.')})"
+        )
     if is_memory_error(error):
         return EnvironmentFailure(
             "out of memory: end other programs, raise the limit (ulimit -v, or the job's memory), "

@@ -143,7 +143,7 @@ def _end_group_threads() -> None:
     gc.collect()
 
 
-def is_connection_error(error: RuntimeError) -> bool:
+def is_connection_error(error: Exception) -> bool:
     """Tell whether an error comes from what connects the processes."""
     if isinstance(error, distributed.DistError):
         return True

@@ -2,14 +2,15 @@
 
 A folder of answers holds
 
-    settings.json   what is asked, how, and of which model: other settings are refused
+    settings.json   what is asked, how, and of which model: where answers are kept, other settings
+                    are refused; `batch` is that of the latest call
     answers.jsonl   a line per question; `score` reads those of MMMU and CMMMU
     blank.jsonl     the same with blank images, on request
     skipped.jsonl   questions that are not asked, and why
     scores.json scored.jsonl report.txt, or submission.* where the true answers are withheld
 
 A batch always holds the same questions, so that an interrupted evaluation ends with the answers
-of an uninterrupted one.
+of an uninterrupted one. Under another `batch` they are the same but for rounding.
 """
 
 from __future__ import annotations
@@ -45,7 +46,11 @@ from vlbench.text_files import (
 QUESTIONS_PER_BATCH = 64
 EXTRA_TOKENS = 4  # tokens beyond the longest true answer: a longer one is wrong anyway
 ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE = "answers.jsonl", "blank.jsonl", "skipped.jsonl"
-SETTINGS_FILE, REPORT_FILE = "settings.json", "report.txt"
+SETTINGS_FILE, REPORT_FILE, SCORES_FILE = "settings.json", "report.txt", "scores.json"
+SCORE_PATTERNS = (REPORT_FILE, SCORES_FILE, "scored.jsonl", "submission.*")
+FREE_SETTINGS = ("batch",)
+"""What may change beside kept answers: padding is masked, so that an answer depends on its batch by
+rounding alone, and where memory ran out, a smaller batch is what lets the same folder go on."""
 
 
 def answer_batch(vlm: LoadedVLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:
@@ -193,7 +198,10 @@ def _keep_whole_batches(
     done = len(lines) if len(lines) == len(questions) else len(lines) // batch_size * batch_size
     expected_ids = [question.answer_line["id"] for question in questions[:done]]
     if [line.get("id") for line in lines[:done]] != expected_ids:
-        raise UserError(f"{answers_file}: holds the answers to other questions; name another out=")
+        raise UserError(
+            f"{answers_file}: holds the answers to other questions; to ask anew, move "
+            f"{answers_file.parent} away"
+        )
     write_atomically(answers_file, format_json_lines(lines[:done]))
     return done
 
@@ -208,28 +216,70 @@ def _cut_at_stop(text: str, stop: str) -> str:
 
 
 def open_answers_folder(
-    folder: Path, task_settings: dict[str, Any], held_locks: contextlib.ExitStack
+    folder: Path,
+    task_settings: dict[str, Any],
+    held_locks: contextlib.ExitStack,
+    is_named: bool = True,
 ) -> None:
-    """Make a folder of answers, or open it again; raise a UserError if its settings differ.
+    """Make a folder of answers, or open it again.
 
     Its lock is held by `held_locks`: no other process writes into it.
+
+    Args:
+        folder: The folder.
+        task_settings: What is asked, how, and of which model.
+        held_locks: Holds the lock of the folder until it is closed.
+        is_named: Whether the command names the folder (`out=`), and so could name another.
+
+    Raises:
+        UserError: The folder cannot be written, has files of the same names that are not of `eval`,
+            or holds answers under settings that differ in more than `FREE_SETTINGS`.
     """
     file = folder / SETTINGS_FILE
     try:
         held_locks.enter_context(hold_folder(folder, f"out={folder}"))
-        if not file.is_file():
+        stored = read_json(file) if file.is_file() else None
+        remedy = f"name another out=, or move {folder} away" if is_named else f"move {folder} away"
+        if stored is None:
+            _refuse_other_files(folder, remedy)
+        elif not _holds_answers(folder):
+            _remove_scores(folder)
+        elif differences := _describe_differences(stored, task_settings):
+            raise UserError(
+                f"{folder} holds answers under other settings; they differ in "
+                f"{', '.join(differences)}. To ask anew, {remedy}"
+            )
+        if stored != task_settings:
             write_atomically(file, format_json(task_settings, indent=1) + "\n")
-            return
     except OSError as error:
         raise explain_unwritable(error, f"out={folder}") from error
-    stored = read_json(file)
-    differences = [
+
+
+def _refuse_other_files(folder: Path, remedy: str) -> None:
+    """Refuse a folder without settings in which something of a user's would be overwritten."""
+    patterns = (ANSWERS_FILE, BLANK_FILE, SKIPPED_FILE, *SCORE_PATTERNS)
+    others = sorted(file.name for pattern in patterns for file in folder.glob(pattern))
+    if others:
+        raise UserError(
+            f"{folder} holds {', '.join(others)} and no {SETTINGS_FILE}, so they are not of this "
+            f"eval, which would overwrite them: {remedy}"
+        )
+
+
+def _holds_answers(folder: Path) -> bool:
+    return any(read_json_lines(folder / name) for name in (ANSWERS_FILE, BLANK_FILE))
+
+
+def _remove_scores(folder: Path) -> None:
+    """Remove scores of answers that somebody has deleted: they would count as new ones."""
+    for pattern in SCORE_PATTERNS:
+        for file in folder.glob(pattern):
+            file.unlink()
+
+
+def _describe_differences(stored: dict[str, Any], task_settings: dict[str, Any]) -> list[str]:
+    return [
         f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"
         for key in {**stored, **task_settings}
-        if stored.get(key) != task_settings.get(key)
+        if stored.get(key) != task_settings.get(key) and key not in FREE_SETTINGS
     ]
-    if differences:
-        raise UserError(
-            f"out={folder} holds answers under other settings; they differ in "
-            f"{', '.join(differences)}"
-        )

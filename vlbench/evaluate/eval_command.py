@@ -75,7 +75,7 @@ def run_eval(asked: Sequence[EvalArguments]) -> int:
         folder = _answers_folder(task.folder_name, model_folder, arguments)
         settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
         with contextlib.ExitStack() as held_locks:
-            open_answers_folder(folder, settings, held_locks)
+            open_answers_folder(folder, settings, held_locks, is_named=bool(arguments.out))
             _run_task(vlm, task, folder, arguments)
     return 0
 

@@ -9,7 +9,6 @@ from collections.abc import AsyncIterator, Callable, Mapping
 from functools import partial
 from typing import Any
 
-import torch
 from anyio import to_thread
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
@@ -28,6 +27,7 @@ from vlbench.serve.api.request_body import parse_json_object, read_fields
 from vlbench.serve.api.served_model import ServedModel
 from vlbench.serve.heat_map import HeatMap, compute_heat_map
 from vlbench.serve.vote_file import MAX_TEXT, Vote, VoteFile
+from vlbench.system_errors import is_memory_error
 
 MAX_WAITING_MAPS = 8  # requests for heat maps that wait for the one that is computed
 router = APIRouter(prefix="/page")
@@ -168,5 +168,7 @@ def _compute_map(state: ApiState, body: bytes) -> HeatMap:
         return compute_heat_map(vlm, messages, fields.answer, fields.image)
     except UserError as error:
         raise ApiError(400, str(error)) from error
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_memory_error(error):
+            raise
         raise ApiError(503, "there is not enough memory for a heat map") from error

@@ -166,7 +166,7 @@ def measure_step_memory(vlm: VLM, batch: PackedBatch, meter: MemoryMeter, bf16: 
         run_micro_batch(vlm, batch, bf16)
         peak = meter.peak_bytes()
     except Exception as error:
-        if not (isinstance(error, torch.OutOfMemoryError) or is_memory_error(error)):
+        if not is_memory_error(error):
             raise
     # only here, where no error holds the frames of the pass and so its activations
     vlm.zero_grad(set_to_none=True)

@@ -105,9 +105,7 @@ def explain_stage_errors(stage_name: str, stage: StageConfig) -> Iterator[None]:
     """Turn errors of memory, data workers and the compiler into one line that says what to do."""
     try:
         yield
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        raise run_report.out_of_memory_error(stage_name, stage) from error
-    except RuntimeError as error:
+    except (RuntimeError, MemoryError) as error:
         if "DataLoader worker" in str(error):
             raise run_report.worker_died_error(stage_name, error) from error
         if is_compiler_error(error):

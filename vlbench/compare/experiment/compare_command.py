@@ -17,6 +17,7 @@ from statistics import mean
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.budget_curves import expand_curves
+from vlbench.compare.experiment.comparison_folder import COMMAND_FILE, check_comparison_folder
 from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
 from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
@@ -54,6 +55,7 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
+    check_comparison_folder(grid.folder)
     grid = expand_curves(match_budgets(grid))
     _refuse_rows_made_equal(grid)
     _check_machine(grid)  # once the rows are those that have runs: finished ones need nothing
@@ -164,7 +166,7 @@ def _check_machine(grid: ComparisonGrid) -> None:
 def _write_command(grid: ComparisonGrid) -> None:
     """Write the command into the comparison's folder."""
     command = shlex.join(["python", "-m", "vlbench", "compare", *grid.arguments])
-    write_atomically(grid.folder / "command.txt", f"{command}\n")
+    write_atomically(grid.folder / COMMAND_FILE, f"{command}\n")
 
 
 def _make_jobs(grid: ComparisonGrid) -> list[TrainingJob]:

@@ -6,11 +6,13 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from vlbench.compare.experiment import design_power, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.comparison_folder import PROBE_FILE
 from vlbench.compare.experiment.design_cautions import (
     describe_design_cautions,
     describe_probe_cautions,
@@ -25,8 +27,6 @@ from vlbench.text_files import read_json, split_lines, write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_bytes, format_duration, print_status
 from vlbench.train.run_results_file import read_results
-
-PROBE_FILE = "plan.json"
 
 
 def print_plan(grid: ComparisonGrid, tasks: Sequence[PlannedTask] = ()) -> None:
@@ -110,7 +110,7 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
     Finished runs are averaged; a row without one is probed for some steps, once per comparison.
     """
     file = grid.folder / PROBE_FILE
-    probes = read_json(file) if file.is_file() else {}
+    probes = _read_probes(file)
     costs = []
     for row in grid.rows:
         overrides = row.overrides_for_seed(grid.seeds[0])
@@ -125,6 +125,16 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
     if not grid.dry_run:
         write_atomically(file, json.dumps(probes, indent=1))
     return costs
+
+
+def _read_probes(file: Path) -> dict[str, dict[str, Any]]:
+    """Return what was probed before, by row; entries that are no probes are left out."""
+    probes = read_json(file) if file.is_file() else {}
+    return {
+        name: probe
+        for name, probe in probes.items()
+        if isinstance(probe, dict) and isinstance(probe.get("words"), list)
+    }
 
 
 def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | None:

@@ -18,6 +18,7 @@ from vlbench.evaluate.budget_card import unused_objectives
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.system_errors import explain_system_error
 from vlbench.train.dry_run import measure_stages
 from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
@@ -51,9 +52,13 @@ def run_probe(overrides: list[str]) -> int:
             "unused_objectives": [] if recipe.init else unused_objectives(vlm.connector, ran),
         }
         print(json.dumps(found))
-    except (UserError, EnvironmentFailure) as error:
-        print(f"vlbench: {error}", file=sys.stderr)
-        return 2 if isinstance(error, UserError) else 1
+    except Exception as error:
+        is_told = isinstance(error, UserError | EnvironmentFailure)
+        explained = error if is_told else explain_system_error(error)
+        if explained is None:
+            raise
+        print(f"vlbench: {explained}", file=sys.stderr)
+        return 2 if isinstance(explained, UserError) else 1
     return 0
 
 

@@ -16,9 +16,15 @@ from vlbench.command_line.task_words import OWN_TASK, build_tasks
 from vlbench.compare.experiment.grid import ComparisonGrid
 from vlbench.compare.experiment.run_jobs import TrainingJob, count_slots, train_jobs
 from vlbench.compare.report.task_answers import EVAL_FOLDER
-from vlbench.evaluate.batch_inference import BLANK_FILE, REPORT_FILE, SETTINGS_FILE
+from vlbench.evaluate.batch_inference import (
+    ANSWERS_FILE,
+    BLANK_FILE,
+    REPORT_FILE,
+    SCORES_FILE,
+    SETTINGS_FILE,
+)
 from vlbench.evaluate.eval_command import open_task
-from vlbench.text_files import read_json
+from vlbench.text_files import read_json, read_json_lines
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
 
@@ -43,13 +49,26 @@ class PlannedTask:
     def _is_same(self, folder: Path) -> bool:
         stored = read_json(folder / SETTINGS_FILE)
         is_asked = all(stored.get(key) == value for key, value in self.settings.items())
-        has_blank = not self.blank or (folder / BLANK_FILE).is_file()
-        return is_asked and has_blank and (self.seed is None or self._is_drawn(folder))
+        return is_asked and self._is_scored(folder) and (not self.blank or _has_all_blank(folder))
 
-    def _is_drawn(self, folder: Path) -> bool:
-        """Tell whether draws were made with the seed; without draws there are no scores.json."""
-        scores = folder / "scores.json"
-        return not scores.is_file() or read_json(scores).get("seed", self.seed) == self.seed
+    def _is_scored(self, folder: Path) -> bool:
+        """Tell whether the scores are those asked for; where answers are withheld there are none.
+
+        Draws were made with the seed, and questions with blank images are scored. The report does
+        not tell: it may be older than answers to blank images that were asked for later.
+        """
+        file = folder / SCORES_FILE
+        scores = read_json(file) if file.is_file() else None
+        if scores is None:
+            return True
+        is_drawn = self.seed is None or scores.get("seed", self.seed) == self.seed
+        return is_drawn and (not self.blank or "blank" in scores)
+
+
+def _has_all_blank(folder: Path) -> bool:
+    """Tell whether every question that was asked was asked with blank images as well."""
+    asked, blank = (read_json_lines(folder / name) for name in (ANSWERS_FILE, BLANK_FILE))
+    return len(blank) == len(asked)
 
 
 def plan_tasks(grid: ComparisonGrid) -> list[PlannedTask]:

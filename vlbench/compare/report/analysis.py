@@ -96,7 +96,7 @@ class ComparisonResult:
     notes: list[str]
     """Sentences on what all rows have in common, or on how they were made."""
     failed: Mapping[Path, str]
-    """Folder of a failed run -> reason."""
+    """Folder of a run that failed or is not finished -> reason."""
     curves: CurveFindings | None = None
     """Of a comparison whose rows are points of curves over a budget."""
     votes: VoteFindings | None = None
@@ -193,7 +193,7 @@ def analyze_runs(
 
     Args:
         runs: The runs of all rows.
-        failed: Folders of failed runs -> the reason.
+        failed: Folders of runs that failed or are not finished -> the reason.
         notes: Sentences on how the runs were made.
         plan: Of which curves the rows are points; without it every two rows are compared.
     """

@@ -124,4 +124,4 @@ def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
     if not failed:
         return ""
     runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-    return f"{runs} failed, and their results are missing."
+    return f"{runs} failed or did not finish, and their results are missing."

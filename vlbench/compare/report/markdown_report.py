@@ -50,7 +50,7 @@ def render_markdown(findings: ComparisonResult) -> str:
             f"- {markdown_text(f'{folder}: {reason}')}"
             for folder, reason in findings.failed.items()
         )
-        lines += ["", "## Failed", "", *failed]
+        lines += ["", "## Failed or not finished", "", *failed]
     return "\n".join(lines)
 
 

@@ -15,13 +15,14 @@ from vlbench.compare.report.curve_plan import find_curve_plan
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
-from vlbench.compare.report.sweep_summary import SWEEP_FOLDER, SWEEP_SEED, describe_sweep
+from vlbench.compare.report.sweep_summary import describe_sweep
+from vlbench.compare.report.unfinished_runs import find_unfinished_runs, is_trial
 from vlbench.compare.report.vote_records import read_votes
 from vlbench.compare.report.vote_report import votes_html, votes_json, votes_markdown
 from vlbench.compare.report.vote_statistics import VoteFindings, analyze_votes
 from vlbench.errors import UserError
 from vlbench.system_errors import explain_unwritable
-from vlbench.text_files import read_yaml, write_for_people
+from vlbench.text_files import write_for_people
 
 REPORT_SUFFIXES = (".md", ".html", ".json")
 
@@ -71,6 +72,7 @@ def _compare_folders(folders: Sequence[Path]) -> ComparisonResult:
     run_folders = _find_run_folders(folders)
     return analyze_runs(
         [load_finished_run(folder) for folder in run_folders],
+        failed=find_unfinished_runs(folders),
         notes=notes,
         plan=find_curve_plan(run_folders),
     )
@@ -106,20 +108,10 @@ def _find_run_folders(folders: Sequence[Path]) -> list[Path]:
     run_folders: list[Path] = []
     for folder in folders:
         nested = sorted(
-            file.parent for file in folder.rglob("results.json") if not _is_trial(file.parent)
+            file.parent for file in folder.rglob("results.json") if not is_trial(file.parent)
         )
         is_run = (folder / "recipe.yaml").is_file()
         if not is_run and not nested:
             raise UserError(f"{folder} is no run folder, and none lies in it that is finished")
         run_folders += [folder] if is_run else nested
     return list(dict.fromkeys(run_folders))
-
-
-def _is_trial(folder: Path) -> bool:
-    """Tell whether a run is a trial of a learning-rate sweep, which has a seed that only they have.
-
-    A user's own folder may have the name of theirs.
-    """
-    recipe = folder / "recipe.yaml"
-    is_inside = SWEEP_FOLDER in folder.parts and recipe.is_file()
-    return is_inside and read_yaml(recipe).get("seed") == SWEEP_SEED

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vlbench.compare.report.finished_runs import conversation_of
+from vlbench.evaluate.tasks.score_report import number_equal_ids
 
 EVAL_FOLDER = "eval"  # of a run
 LAST_CHECKPOINT = "last"
@@ -53,11 +54,11 @@ def conversation_answers(
 
 
 def number_repeats(lines: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]:
-    """Return the lines by id; of several with one id, the later ones get a number."""
-    named: dict[str, Mapping[str, Any]] = {}
-    counts: dict[str, int] = {}
-    for line in lines:
-        name = str(line["id"])
-        counts[name] = counts.get(name, 0) + 1
-        named[name if counts[name] == 1 else f"{name}#{counts[name]}"] = line
-    return named
+    """Return the lines by the names of their questions.
+
+    A line without a name is of an earlier version, or of a task whose ids are unique: it gets its
+    id; of several with one id, the later ones get a number.
+    """
+    kept = list(lines)
+    numbered = number_equal_ids(line["id"] for line in kept)
+    return {str(line.get("name") or name): line for line, name in zip(kept, numbered, strict=True)}

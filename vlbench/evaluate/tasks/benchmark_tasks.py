@@ -27,6 +27,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
 from vlbench.evaluate.tasks.score_report import (
     format_published,
     format_score_table,
+    number_equal_ids,
     report_equal_ids,
     summarize_scores,
     write_score_files,
@@ -68,6 +69,8 @@ class BenchmarkQuestion:
 
     record: BenchmarkRecord
     prompt: BenchmarkPrompt
+    name: str
+    """The record's id, with a number where an earlier record of the task has the same."""
 
     @property
     def sample(self) -> Sample:
@@ -81,6 +84,7 @@ class BenchmarkQuestion:
         shown = [image for image in self.prompt.images if isinstance(image, RecordImage)]
         return {
             "id": record.id,
+            "name": self.name,
             "type": record.type,
             "subject": subject_or_category(record.task, record.subject, record.category),
             "options": list(record.options),
@@ -102,17 +106,20 @@ class BenchmarkTask:
         source, split = arguments.data or HUB_DATASETS[task], arguments.split or "val"
         subjects = arguments.subjects.strip("[]").split(",") if arguments.subjects else None
         records = RECORD_READERS[task](source, split, subjects)
-        limit = arguments.limit or len(records)
-        if limit < len(records):  # spread over the data, which come subject by subject
-            records = [records[index * len(records) // limit] for index in range(limit)]
-        self.records, self.question_count = records, len(records)
+        # before any is left out: one model may not be asked the first of two with one id
+        numbered = number_equal_ids(record.id for record in records)
+        named = list(zip(numbered, records, strict=True))
+        limit = arguments.limit or len(named)
+        if limit < len(named):  # spread over the data, which come subject by subject
+            named = [named[index * len(named) // limit] for index in range(limit)]
+        self.named_records, self.question_count = named, len(named)
         self.folder_name = f"{task}-{split}-{name}"
         self.task_settings = {
             "task": task,
             "split": split,
             "revision": find_split(source, split).data_revision(),
             "subjects": subjects,
-            "questions": len(records),
+            "questions": len(named),
             "protocol": name,
         }
 
@@ -125,12 +132,12 @@ class BenchmarkTask:
         """
         questions: list[BenchmarkQuestion] = []
         skipped = []
-        for record in self.records:
+        for name, record in self.named_records:
             prompt = prompt_or_skip(record, self.prompt_protocol_name)
             if isinstance(prompt, SkippedRecord):
                 skipped.append({"id": record.id, "reason": prompt.reason})
                 continue
-            question = BenchmarkQuestion(record, prompt)
+            question = BenchmarkQuestion(record, prompt, name)
             reason = self._unscorable_reason(question) or _unfit_reason(vlm, question)
             if reason:
                 skipped.append({"id": record.id, "reason": reason})
@@ -200,7 +207,7 @@ class BenchmarkTask:
         limits = prompt_protocol(self.task, self.prompt_protocol_name).generation_limits
         if limits.reference_difference:
             lines.append(f"not as the reference: {limits.reference_difference}")
-        return lines + report_equal_ids([record.id for record in self.records])
+        return lines + report_equal_ids([record.id for _, record in self.named_records])
 
     def _write_submission(self, folder: Path, items: list[AnsweredItem]) -> list[str]:
         """Write the file that the benchmark's server accepts, as the answers are withheld here.

@@ -155,6 +155,16 @@ def to_json_value(prediction: Any) -> Any:
     return prediction if is_finite else str(prediction)
 
 
+def number_equal_ids(ids: Iterable[object]) -> list[str]:
+    """Return a name for each question: its id, `ID#2` for the second with that id, and so on."""
+    counts: Counter[str] = Counter()
+    names = []
+    for name in map(str, ids):
+        counts[name] += 1
+        names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+    return names
+
+
 def report_equal_ids(ids: Sequence[object]) -> list[str]:
     """Return a line on ids that several questions have, [] if there are none."""
     counts = {name: count for name, count in Counter(map(str, ids)).items() if count > 1}

@@ -1,0 +1,68 @@
+"""Which folders are a comparison's own: in no other one are files overwritten.
+
+A comparison writes its command first, so that one that was killed while it began is known by that.
+Earlier versions wrote none; their folders hold runs, and files of known names.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from vlbench.compare.report.curve_plan import CURVE_FILE
+from vlbench.compare.report.sweep_summary import SWEEP_FILE
+from vlbench.errors import UserError
+from vlbench.file_lock import LOCK_FILE
+from vlbench.text_files import read_text
+
+COMMAND_FILE, PROBE_FILE = "command.txt", "plan.json"
+COMMAND_BEGINNING = "python -m vlbench compare"
+FILES_BESIDE_RUNS = {
+    *("report.md", "report.html", "report.json", "array.sh", "commands.txt"),
+    *(PROBE_FILE, SWEEP_FILE, CURVE_FILE),
+}
+CACHE_FOLDER = "features"  # of `freeze=vision`
+MAX_DEPTH = 3  # of runs in a comparison: CURVE/BUDGET/SEED, or sweep/ROW/TRIAL
+MAX_NAMED = 3  # other things that the refusal names
+
+
+def check_comparison_folder(folder: Path) -> None:
+    """Refuse a `run=` of compare that holds anything but a comparison."""
+    if not folder.is_dir():  # new, or refused where it is made
+        return
+    entries = sorted(folder.iterdir())
+    command = folder / COMMAND_FILE
+    if command.is_file():
+        if read_text(command).startswith(COMMAND_BEGINNING):
+            return
+        others = [command]
+    else:
+        has_runs = any(_holds_runs_alone(entry, MAX_DEPTH) for entry in entries)
+        others = [entry for entry in entries if not _is_own(entry, has_runs)]
+    if others:
+        named = ", ".join(entry.name for entry in others[:MAX_NAMED])
+        more = ", ..." if len(others) > MAX_NAMED else ""
+        raise UserError(
+            f"run={folder} is a folder with other things in it ({named}{more}), in which a "
+            "comparison would overwrite files; name a new one"
+        )
+
+
+def _is_own(entry: Path, has_runs: bool) -> bool:
+    """Tell whether an entry of a folder without a command is a comparison's."""
+    if entry.name.startswith("."):
+        return entry.name.startswith((LOCK_FILE, f".{COMMAND_FILE}."))  # a killed one left them
+    if entry.is_dir():
+        return _holds_runs_alone(entry, MAX_DEPTH) or (has_runs and entry.name == CACHE_FOLDER)
+    return has_runs and (entry.name in FILES_BESIDE_RUNS or entry.suffix == ".log")
+
+
+def _holds_runs_alone(folder: Path, depth: int) -> bool:
+    """Tell whether a folder is a run, or holds runs and their logs alone, at most so deep."""
+    if not folder.is_dir() or depth == 0:
+        return False
+    if (folder / "recipe.yaml").is_file():
+        return True
+    inner = [entry for entry in folder.iterdir() if not entry.name.startswith(".")]
+    return any(entry.is_dir() for entry in inner) and all(
+        entry.suffix == ".log" or _holds_runs_alone(entry, depth - 1) for entry in inner
+    )
