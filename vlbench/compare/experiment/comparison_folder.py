@@ -9,7 +9,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlbench.compare.report.curve_plan import CURVE_FILE
-from vlbench.compare.report.sweep_summary import SWEEP_FILE
+from vlbench.compare.report.sweep_record import SWEEP_FILE
 from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE
 from vlbench.text_files import read_text
