@@ -233,6 +233,10 @@ WRONG_GRAFTS = {
     "an encoder-decoder": (["language=t5"], "t5"),
     "a mixture of experts": (["language=moe"], "mixtral"),
     "a hybrid encoder": (["vision=MobileCLIP-S1"], "MobileCLIP-S1"),
+    "a mistyped file": (
+        ["vision=ViT-B-32", "vision.weights=wieghts/clip.safetensors", "size=6b"],
+        "vision.weights is 'wieghts/clip.safetensors'; for ViT-B-32 allowed are 'random', a file",
+    ),
     "an unknown encoder": (["vision=ViT-L-141"], "Did you mean 'ViT-L-14'?"),
     "an unknown language model": (["language=yi-7b"], "Did you mean 'yi-6b'?"),
     "an unknown connector": (["connector=avgpol"], "Did you mean 'avgpool'?"),
