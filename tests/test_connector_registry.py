@@ -251,6 +251,13 @@ def test_options_are_checked(drop):
     assert len(lines) == 5
 
 
+@pytest.mark.parametrize("default", ["1", "2 * WIDTH"], ids=["from text", "from the class"])
+def test_no_option_is_called_as_the_connectors_own_key(drop, default):
+    drop("WIDTH = 4\n" + MINE.replace("bias=True", f"bias=True, name: int = {default}"))
+    with pytest.raises(UserError, match="an option is called 'name', and connector.name of a"):
+        load_recipe(["recipe=yivl_llava", "connector.name=mine"])
+
+
 def test_looking_does_not_import_torch(drop):
     drop(MINE)
     program = (

@@ -34,6 +34,7 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER
 from vlbench.model.weights.exported_template import IMAGE_TOKEN, to_jinja_template
 from vlbench.processor import sample_from_messages
 from vlbench.serve.model_card import _plain_markdown, describe_training
+from vlbench.train.checkpoint_files import RunPosition
 
 CASE = CASES["cases"][0]
 SHORT = ["stages.align_224.steps=2", "stages.align_448.steps=2", "stages.chat.steps=3"]
@@ -114,6 +115,8 @@ def test_a_release_survives_vlbenchs_own_format(tmp_path):
     assert export(CHECKPOINT, tmp_path / "own", "vlbench") == 0
     assert torch.equal(logits(tmp_path / "own"), logits(CHECKPOINT))
     assert export(tmp_path / "own", tmp_path / "back", "yi_vl") == 0
+    for name in ("own", "back"):
+        assert "Nothing was trained" in (tmp_path / name / "README.md").read_text()
     ours, theirs = load_tensors(tmp_path / "back"), load_tensors(CHECKPOINT)
     assert all(torch.equal(tensor, theirs[name]) for name, tensor in ours.items())
     assert (tmp_path / "back/config.json").read_bytes() == (CHECKPOINT / "config.json").read_bytes()
@@ -127,6 +130,42 @@ def test_a_run_comes_back_from_every_layout_that_holds_it(layout, runs, tmp_path
     )
     card = (tmp_path / "to" / "README.md").read_text()
     assert "LlavaMLP, depth 2, norm True" in card and "| accuracy |" in card
+
+
+def test_the_card_of_an_earlier_checkpoint_tells_what_was_trained_until_then(runs, tmp_path):
+    run = runs["yi_vl"]
+    assert export(run, tmp_path / "run", "vlbench") == 0
+    assert "- chat: 3 steps" in (whole := (tmp_path / "run/README.md").read_text())
+    assert export(tmp_path / "run", tmp_path / "again", "yi_vl") == 0
+    assert (
+        "- align_448: 2 steps" in whole
+        and "- chat: 3 steps" in (tmp_path / "again/README.md").read_text()
+    )
+    (first,) = (run / "checkpoints").glob("0-align_224-*")
+    assert export(first, tmp_path / "first", "yi_vl") == 0
+    card = (tmp_path / "first/README.md").read_text()
+    assert "- align_224: 2 steps" in card and "align_448" not in card and "chat:" not in card
+    assert "| accuracy |" in whole and "accuracy" not in card
+
+
+def test_a_card_tells_the_steps_of_a_stage_that_was_not_finished():
+    recipe = load_recipe(["recipe=yivl_llava", "stages.align_224.epochs=2"])
+    text = describe_training(
+        recipe.recipe, recipe.model, recipe.stages, RunPosition(1, "align_448", 4)
+    )
+    assert "- align_224: 2.0 epochs" in text and "- align_448: 4 steps" in text
+    assert "- chat" not in text
+
+
+def test_photographs_that_are_turned_are_told_where_a_layout_does_not_turn_them(tmp_path, capsys):
+    steps = [f"stages.{name}.steps=0" for name in ("align_224", "align_448", "chat")]
+    words = ["data.exif=apply", f"run={tmp_path / 'run'}", "log.questions=1", "log.examples=0"]
+    assert main(["fit", "recipe=yivl_llava", "log.tensorboard=false", *steps, *words]) == 0
+    assert "an image is turned as its EXIF orientation says, padded" in capsys.readouterr().out
+    for layout, is_lost in (("yi_vl", True), ("vlbench", False)):
+        assert export(tmp_path / "run", tmp_path / layout, layout) == 0
+        said = capsys.readouterr().err, (tmp_path / layout / "README.md").read_text()
+        assert all(("PIL.ImageOps.exif_transpose" in text) is is_lost for text in said)
 
 
 def test_a_type_can_be_chosen(runs, tmp_path):
@@ -327,5 +366,6 @@ def test_nothing_in_a_model_card_acts_as_markup() -> None:
     recipe = load_recipe(["recipe=yivl_llava"]).model_copy(
         update={"recipe": "x`<b>.yaml", "init": "y <img src=z>\n# title"}
     )
-    text = describe_training(recipe.recipe, recipe.model, recipe.stages)
+    position = RunPosition(2, "chat", 7)
+    text = describe_training(recipe.recipe, recipe.model, recipe.stages, position)
     assert "Recipe `x'\\<b>`," in text and "y \\<img src=z>\\n# title" in text

@@ -233,6 +233,10 @@ WRONG_GRAFTS = {
     "an encoder-decoder": (["language=t5"], "t5"),
     "a mixture of experts": (["language=moe"], "mixtral"),
     "a hybrid encoder": (["vision=MobileCLIP-S1"], "MobileCLIP-S1"),
+    "a mistyped file": (
+        [*SIGLIP[::2], "vision.weights=wieghts/clip.safetensors", "connector=llava_mlp"],
+        "vision.weights is 'wieghts/clip.safetensors'; for ViT-B-16-SigLIP allowed are",
+    ),
     "an unknown encoder": (["vision=ViT-L-141"], "Did you mean 'ViT-L-14'?"),
     "an unknown language model": (["language=yi-7b"], "Did you mean 'yi-6b'?"),
     "an unknown connector": (["connector=avgpol"], "Did you mean 'avgpool'?"),

@@ -23,7 +23,7 @@ from torch import Tensor
 import vlbench
 from vlbench.__main__ import main
 from vlbench.errors import UserError
-from vlbench.model.weights import tensor_files, tensor_writer
+from vlbench.model.weights import tensor_files, tensor_writer, yi_vl_layout
 
 CASE = CASES["cases"][0]
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -237,6 +237,8 @@ BROKEN = {
     "projector": (config_change(mm_projector_type="qformer"), "mm_projector_type is 'qformer'"),
     "select layer": (config_change(mm_vision_select_layer=-9), "mm_vision_select_layer is -9"),
     "class token": (config_change(mm_vision_select_feature="cls_patch"), "only 'patch'"),
+    "tiles": (config_change(image_aspect_ratio="anyres"), "is 'anyres'; .*llava_next"),
+    "an aspect of another kind": (config_change(image_aspect_ratio=["pad"]), r"is \['pad'\]; "),
     "no encoder": (
         lambda f: (
             edit_json(f / "config.json", mm_vision_tower="./vit/x"),
@@ -275,6 +277,13 @@ def test_a_broken_folder_is_one_clear_line(change, words, tmp_path):
         vlbench.load(folder)
     assert len(str(caught.value).splitlines()) == 1
     assert not (folder / "bomb").exists()
+
+
+@pytest.mark.parametrize(("aspect", "pad"), [("pad", True), ("square", False), (None, False)])
+def test_an_image_is_padded_or_cropped_as_the_release_says(aspect, pad, tmp_path):
+    folder = copy_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", image_aspect_ratio=aspect)
+    assert yi_vl_layout.read_release_spec(folder).preprocess["pad"] is pad
 
 
 def test_shards_are_written_with_an_index_and_read_back(tmp_path):

@@ -209,7 +209,7 @@ def test_recipes_that_are_not_there(words, expected):
         ("activation_checkpointing=ful", "full, auto, given 'ful'. Did you mean 'full'?"),
         ("seed=", "no value"),
         ("run=a${b", "not interpolated"),
-        ("vision.name=ViT-B-32", "only vision.name=tiny and vision.name=tiny_eva can"),
+        ("vision.name=ViT-B-32", "as those of vision.name=tiny and vision.name=tiny_eva are"),
         ("only=[a,b", "cannot be read"),
         ("language.max_length=15", "at least 16, given 15"),
         ("data.mix=[]", "a list of at least 1"),

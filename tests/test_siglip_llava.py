@@ -124,6 +124,18 @@ def test_a_configuration_that_is_not_done_here_is_refused(key, value, said):
         siglip_layouts.parse_vision_config({key: value}, Path("config.json"))
 
 
+def test_one_length_of_an_older_file_is_the_shortest_edge(source, tmp_path):
+    """transformers reads it so: the image keeps its shape, and its centre is cropped."""
+    write_hf_llava(siglip_vlm(source), tmp_path, None)
+    file = tmp_path / "processor_config.json"
+    file = file if file.is_file() else tmp_path / "preprocessor_config.json"
+    said = json.loads(file.read_text())
+    (said.get("image_processor") or said)["size"] = 64
+    file.write_text(json.dumps(said))
+    transform = vlbench.load(tmp_path, template="yi_vl").processor.transform
+    assert (transform.size, transform.crop, transform.squash) == (64, 64, False)
+
+
 def test_another_kind_of_encoder_in_a_folder_is_named(source, tmp_path):
     folder = export(source, tmp_path / "to")
     edit_json(folder / "config.json", vision_config={"model_type": "pixtral"})

@@ -16,8 +16,9 @@ from timm.models.eva import Eva, checkpoint_filter_fn
 
 from vlbench.connector import registry
 from vlbench.model.loaded_vlm import assemble_vlm
-from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder, load_clip_folder
+from vlbench.model.vision_encoder import VisionEncoder, build_vision_encoder
 from vlbench.model.weights import clip_layouts
+from vlbench.model.weights.clip_folder import load_clip_folder
 
 HALF = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "pad": False}
 
@@ -133,7 +134,7 @@ def test_features_of_a_clip_folder_are_those_that_llava_selects(tmp_path):
     inputs, outputs = load_record(case, "inputs"), load_record(case, "outputs")
     for layer in (-1, -2):
         encoder = VisionEncoder(clip_layouts.build_clip_vit(plan), layer, False, HALF)
-        load_clip_folder(encoder, tmp_path)
+        load_clip_folder(encoder, "a CLIP", tmp_path)
         assert_outputs(encoder(inputs["pixel_values"]), outputs[f"select{layer}_patch"])
         encoder.class_token = True
         assert_outputs(encoder(inputs["pixel_values"]), outputs[f"select{layer}_cls_patch"])

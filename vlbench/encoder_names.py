@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import re
 from functools import cache
 from pathlib import Path
@@ -52,6 +53,8 @@ HYBRID_FAMILIES = {
     "shrinks from one to the next",
 }
 """Patterns of names of timm and open_clip, and why such a vision encoder is no plain ViT."""
+DESCRIPTION_FILES = ("open_clip_config.json", "config.json")
+"""Names of the small file, open_clip's and timm's, in a folder that is a vision encoder."""
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 """OWNER/NAME, a repository of a hub."""
 
@@ -64,6 +67,18 @@ TIMM_NAME = re.compile(
 def is_hub_name(name: str) -> bool:
     """Tell whether a vision encoder's name is a repository of a hub, and no folder that is here."""
     return HUB_ID.fullmatch(name) is not None and not Path(name).exists()
+
+
+def brings_weights(name: str) -> bool:
+    """Tell whether a vision encoder's name is a folder, or a repository of a hub: it has weights.
+
+    A name of open_clip stays one beside a folder of that name with a config.json of a whole CLIP.
+    """
+    if not name or name in EMBEDDED_ENCODERS:
+        return False
+    folder = os.path.expanduser(name)
+    own, other = (os.path.isfile(os.path.join(folder, file)) for file in DESCRIPTION_FILES)
+    return own or (other and name not in vision_encoder_names()) or is_hub_name(name)
 
 
 def hybrid_reason(name: str) -> str | None:
@@ -97,7 +112,7 @@ def check_encoder_name(name: str) -> str:
     """
     if name in EMBEDDED_ENCODERS or name in vision_encoder_names() or is_hub_name(name):
         return name
-    if any(Path(name, file).is_file() for file in ("open_clip_config.json", "config.json")):
+    if any(Path(name, file).is_file() for file in DESCRIPTION_FILES):
         return name
     reason = hybrid_reason(name)
     if reason is not None:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, model_validator
 
 from vlbench.command_line.arguments import TemplateName
 from vlbench.config.key_types import MAX_COUNT, Count, ImageSize, PathText, RecipeSection, key
-from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name, is_hub_name
+from vlbench.encoder_names import EMBEDDED_ENCODERS, brings_weights, check_encoder_name
 
 ImageAspect = Literal["square", "native"]
 TilingRule = Literal["llava_next", "internvl"]
@@ -26,7 +26,13 @@ def check_grid(text: str) -> str:
     return text
 
 
-EncoderName = Annotated[PathText, AfterValidator(check_encoder_name)]
+def check_name(name: str, info: ValidationInfo) -> str:
+    """Return a vision encoder's name; that of a saved recipe may be a folder which is gone."""
+    is_saved = isinstance(info.context, dict) and info.context.get("is_saved")
+    return name if is_saved else check_encoder_name(name)
+
+
+EncoderName = Annotated[PathText, AfterValidator(check_name)]
 GridText = Annotated[str, AfterValidator(check_grid)]
 Grids = Annotated[tuple[GridText, ...], Field(min_length=1)]
 
@@ -45,21 +51,22 @@ class PretrainedPartConfig(RecipeSection):
         if self.weights == "embedded" and self.name not in self.embedded_names:
             known = " and ".join(f"{self.part}.name={name}" for name in self.embedded_names)
             yield (
-                f"has weights 'embedded', which only {known} can have; say which weights "
-                f"{self.part}.name={self.name} takes, or {self.part}.weights=random"
+                f"has weights 'embedded', and none of {self.part}.name={self.name} are in this "
+                f"package, as those of {known} are; say which it takes, or "
+                f"{self.part}.weights=random"
             )
 
 
 class NamedEncoderConfig(PretrainedPartConfig):
-    """A vision encoder, which may be OWNER/NAME on a hub and then has its own weights."""
+    """A vision encoder; a folder, and OWNER/NAME on a hub, have their own weights."""
 
     embedded_names = EMBEDDED_ENCODERS
 
     @model_validator(mode="before")
     @classmethod
     def _take_own_weights(cls, given: Any) -> Any:
-        """Let OWNER/NAME on a hub have the weights that are there, unless others are given."""
-        if isinstance(given, dict) and is_hub_name(str(given.get("name", ""))):
+        """Let `embedded` mean the weights of a folder, or of OWNER/NAME on a hub, by its name."""
+        if isinstance(given, dict) and brings_weights(str(given.get("name", ""))):
             own = given.get("weights", "embedded") == "embedded"
             return {**given, "weights": given["name"]} if own else given
         return given
@@ -122,7 +129,8 @@ class VisionEncoderConfig(NamedEncoderConfig):
         "ViT of open_clip, OWNER/NAME of timm's, tiny (see list), folder", "tiny"
     )
     weights: PathText = key(
-        "embedded (tiny, tiny_eva), random, a tag, file or folder; OWNER/NAME: its own", "embedded"
+        "embedded (of tiny, tiny_eva, a folder, OWNER/NAME), random, a tag, file or folder",
+        "embedded",
     )
     layer: int = key("block whose output the connector gets; -1 is the last", -2, ge=-100, le=99)
     norm: bool = key("apply the encoder's final LayerNorm to its features", False)

@@ -18,7 +18,7 @@ from vlbench.config.resolve import check_merged, collect_errors, mapping_in, mer
 from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageData
 from vlbench.connector import kept_source, registry
-from vlbench.encoder_names import is_hub_name
+from vlbench.encoder_names import brings_weights
 from vlbench.errors import UserError, suggest_name
 from vlbench.key_errors import declared_keys
 from vlbench.text_files import format_yaml, read_json, read_yaml, write_atomically
@@ -72,7 +72,8 @@ def load_recipe_file(path: str | Path) -> Recipe:
     path = Path(path)
     try:
         saved, is_kept = _read_saved(path), kept_source.has_kept_source(path.parent)
-        return check_merged(merge_layers(saved), [(str(path), saved)], [], has_all_options=is_kept)
+        layers = [(str(path), saved)]
+        return check_merged(merge_layers(saved), layers, [], is_kept, is_saved=True)
     except UserError as error:
         made = _version_of_run(path.parent)
         if made in ("", __version__):
@@ -137,8 +138,8 @@ def _read_size(given: object, base: dict[str, Any], typed: dict[str, Any]) -> di
             size[part] = {"name": name, **variants[name]}
             if _part_name(typed, part):  # a kind of encoder, such as eva: its model at this size
                 typed[part]["name"] = size[part]["name"]
-    if is_hub_name(_part_name(written, "vision")):  # it brings its own weights
-        size.pop("vision", None)
+        elif part == "vision" and brings_weights(name):
+            size.pop("vision", None)
     if known := mapping_in(base, "stages"):
         size["stages"] = {name: stage for name, stage in stages.items() if name in known}
     return size

@@ -26,12 +26,21 @@ def check_merged(
     layers: Sequence[RecipeLayer],
     errors: list[str],
     has_all_options: bool = False,
+    is_saved: bool = False,
 ) -> Recipe:
     """Return the recipe of the merged `layers`; a UserError has a line for each error.
 
     After earlier `errors` nothing is said of what is missing: a recipe whose file is not there
-    lacks everything. With `has_all_options`, the connector's options were resolved when the recipe
-    was saved, and its source is not looked at. `merged` is changed.
+    lacks everything. `merged` is changed.
+
+    Args:
+        merged: All layers in one tree.
+        layers: The same one by one, for messages.
+        errors: What was wrong before.
+        has_all_options: Whether the connector's options were resolved when the recipe was saved;
+            its source is then not looked at.
+        is_saved: Whether a checkpoint keeps the recipe, and with it what its encoders are: the
+            folders that they began as may be gone.
     """
     is_complete = not errors
     if not has_all_options:
@@ -44,7 +53,9 @@ def check_merged(
             stage["data"] = _merge_into(dict(common), own)
     stages = next((known for _, tree in layers if (known := mapping_in(tree, "stages"))), {})
     try:
-        recipe = Recipe.model_validate(merged, context={"stage_names": list(stages)})
+        recipe = Recipe.model_validate(
+            merged, context={"stage_names": list(stages), "is_saved": is_saved}
+        )
     except ValidationError as error:
         errors += _error_lines(error, layers, is_complete)
     if errors:

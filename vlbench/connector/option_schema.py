@@ -17,6 +17,8 @@ from vlbench.text_files import read_text
 
 MAX_OPTION = 10_000_000
 """Largest number that an option may be; layers, widths and tokens in use are far below."""
+NAME_KEY = "name"
+"""Key of a recipe's `connector` beside its options."""
 NAMED_KINDS: dict[str, Any] = {"Any": Any, "Optional": Optional, "Union": Union}
 NAMED_KINDS |= {kind.__name__: kind for kind in (int, float, bool, str, tuple, list)}
 OTHER_BASES = {"Module", "NamedTuple", "Function", "Enum"}
@@ -44,6 +46,7 @@ def options_of_class(cls: type) -> dict[str, ConnectorOption]:
             raise UserError(
                 f"connector {cls.__name__} takes {parameter}; its options must be named"
             )
+        _refuse_reserved_name(name, f"connector {cls.__name__}")
         kind = supported_kind(hints[name]) if name in hints else infer_kind(parameter.default)
         result[name] = ConnectorOption(kind, parameter.default)
     return result
@@ -60,9 +63,21 @@ def options_in_file(file: Path) -> dict[str, ConnectorOption] | None:
     if init is None or init.vararg or init.kwarg or init.posonlyargs:
         return None
     try:
-        return _read_options(init)
+        options = _read_options(init)
     except (ValueError, TypeError):
         return None
+    for name in options:
+        _refuse_reserved_name(name, str(file))
+    return options
+
+
+def _refuse_reserved_name(name: str, place: str) -> None:
+    """Refuse an option that a recipe could not tell from the connector's own name."""
+    if name == NAME_KEY:
+        raise UserError(
+            f"{place}: an option is called '{name}', and connector.{name} of a recipe is the "
+            "connector's name; call the option otherwise"
+        )
 
 
 def check_option_size(value: Any) -> None:

@@ -315,7 +315,10 @@ class ImageTransform:
             square = f"{self.tiling.describe()}, each"
         if self.native:
             square = "kept in its aspect ratio, on at most the patches of"
-        text = f"{square} {self.crop} x {self.crop}, {self.interpolation}, mean {mean}, std {std}"
+        upright = "turned as its EXIF orientation says, " if self.exif else ""
+        square = f"{upright}{square} {self.crop} x {self.crop}"
+        text = f"{square}, {self.interpolation}, mean {mean}, std {std}"
+        text += ", large JPEGs decoded at a smaller size" * self.draft
         return text if self.second is None else f"{text}; and {self.second.describe()}"
 
     def transform_hash(self, counts_idle_draft: bool = False) -> str:

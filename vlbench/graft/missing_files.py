@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig, NamedEncoderConfig
+from vlbench.encoder_names import is_hub_name
 from vlbench.errors import UserError
 from vlbench.graft.size_parts import size_parts
 from vlbench.model.language_model import check_language_weights, tokenizer_folder
@@ -106,8 +107,8 @@ def _published_files(config: NamedEncoderConfig) -> tuple[str, tuple[str, ...]]:
     import open_clip
 
     if config.weights not in open_clip.list_pretrained_tags_by_model(config.name):
-        if config.weights.count("/") == 1:
-            return config.weights, ()
+        if is_hub_name(config.name):
+            return config.name, ()
         check_vision_weights(config.name, config.weights)  # says what is allowed
     source = open_clip.get_pretrained_cfg(config.name, config.weights)["hf_hub"]
     owner, repository, file = [*source.split("/"), ""][:3]

@@ -18,11 +18,10 @@ def check_weights_choice(name: str, weights: str, folder: Path | None) -> None:
     """Raise a UserError for weights that do not go with `vision.name`, which `folder` describes."""
     own = ("embedded", "random", *([name] if name not in EMBEDDED_ENCODERS else []))
     if folder is not None and weights not in own:
-        allowed = f"{name} and random" if is_hub_name(name) else "'embedded' and 'random'"
         raise UserError(
             f"vision.weights is '{weights}'; vision.name={name} has its own weights, so only "
-            f"{allowed} are allowed; for other weights name a folder that has a copy of its small "
-            "file and them"
+            "'embedded' and 'random' are allowed; for other weights name a folder that has a copy "
+            "of its small file and them"
         )
 
 

@@ -12,6 +12,7 @@ from vlbench.model.timm_config import (
     TIMM_CONFIG,
     TIMM_FILES,
     TimmConfig,
+    check_plain_vit,
     is_timm_folder,
     read_timm_config,
 )
@@ -52,7 +53,10 @@ def resolve_encoder_config(name: str, weights: str, folder: Path | None) -> Enco
             as something else.
     """
     if folder is not None:
-        return read_encoder_config(folder)
+        config = read_encoder_config(folder)
+        if isinstance(config, VisionConfig):
+            _refuse_hybrid(config, folder / OPEN_CLIP_CONFIG)
+        return config
     if (Path(name) / TIMM_CONFIG).is_file():
         raise UserError(
             f"vision.name is '{name}', a folder with neither {OPEN_CLIP_CONFIG} nor a "
@@ -60,6 +64,15 @@ def resolve_encoder_config(name: str, weights: str, folder: Path | None) -> Enco
             f"is given by vision.weights={name}, and vision.name says which it is"
         )
     return resolve_vision_config(name, weights)
+
+
+def _refuse_hybrid(config: VisionConfig, file: Path) -> None:
+    """Refuse a model of timm in open_clip's `file` that is no plain ViT, before its weights."""
+    timm_name = config.vision_cfg.get("timm_model_name")
+    if timm_name:
+        import vlbench.model.miniature_eva  # noqa: F401  makes its architecture known to timm
+
+        check_plain_vit(str(timm_name), file, "timm_model_name")
 
 
 def read_encoder_config(folder: Path) -> EncoderConfig:

@@ -29,8 +29,8 @@ TIMM_CONFIG = "config.json"
 """timm's own name of the file that describes a model."""
 TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of timm's weights in a folder and on a hub, in the order of preference."""
-PLAIN_VIT_MODULES = ("vision_transformer", "eva", "beit", "deit", "naflexvit")
-"""Files of timm whose models are equal blocks over one grid of patches."""
+PLAIN_VIT_MODULES = ("vision_transformer", "eva", "beit", "deit", "naflexvit", "miniature_eva")
+"""Files of timm whose models are equal blocks over one grid of patches, and our miniature's."""
 CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's `crop_mode`, which makes an image a square, and our word for it."""
 
@@ -116,7 +116,7 @@ def read_timm_config(folder: Path) -> TimmConfig:
     image_size = _read_image_size(model_args.get("img_size") or pixels.get("input_size"), file)
     check_image_grid(image_size, model_args.get("patch_size", 14), file)
     crop_mode = pixels.get("crop_mode") or "center"
-    if crop_mode not in CROP_MODES:
+    if crop_mode not in tuple(CROP_MODES):  # it may be a list, which no dict looks up
         raise UserError(f"{file}: crop_mode is {crop_mode!r}; known are {', '.join(CROP_MODES)}")
     share = pixels.get("crop_pct") or 1.0
     if not isinstance(share, int | float) or not 0.1 <= share <= 1:
@@ -133,22 +133,25 @@ def read_timm_config(folder: Path) -> TimmConfig:
     )
 
 
-def check_plain_vit(architecture: str, file: Path) -> None:
-    """Refuse an architecture that the installed timm lacks, or that is no plain ViT."""
+def check_plain_vit(architecture: str, file: Path, key: str = "architecture") -> None:
+    """Refuse an architecture that the installed timm lacks, or that is no plain ViT.
+
+    `key` is what `file` calls it.
+    """
     reason = hybrid_reason(architecture)
     module = timm_module_name(architecture)
     if reason is None and module is None:
         import timm
 
         raise UserError(
-            f"{file}: architecture is '{architecture}', which timm {timm.__version__} does not "
+            f"{file}: {key} is '{architecture}', which timm {timm.__version__} does not "
             f"have; a newer one may.{suggest_name(architecture, timm_architecture_names())}"
         )
     if reason is None and module not in PLAIN_VIT_MODULES:
         reason = f"a model of timm's {module}.py, not a list of equal blocks over one patch grid"
     if reason is not None:
         raise UserError(
-            f"{file}: architecture is '{architecture}', {reason}; a plain ViT is needed, for "
+            f"{file}: {key} is '{architecture}', {reason}; a plain ViT is needed, for "
             "example timm/vit_base_patch14_reg4_dinov2.lvd142m"
         )
 

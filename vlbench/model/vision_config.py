@@ -21,6 +21,7 @@ from vlbench.compat.vision_internals import build_open_clip_encoder
 from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_processing import INTERPOLATIONS
 from vlbench.errors import UserError, suggest_name
+from vlbench.model.weights.processor_values import FIXED_PIXEL_VALUES, check_fixed_values
 from vlbench.text_files import read_json, write_atomically
 
 MINIATURES_FOLDER = Path(__file__).parents[1] / "miniatures"
@@ -218,11 +219,7 @@ def _read_processor_config(folder: Path) -> tuple[dict[str, Any], Path]:
         own, said = whole, read_json(whole).get("image_processor") or {}
     if not isinstance(said, dict):
         raise UserError(f"{own}: image_processor is {said!r}; wanted is a mapping")
-    for key in ("do_rescale", "do_normalize"):
-        if said.get(key, True) is not True:
-            raise UserError(
-                f"{own}: {key} is {said[key]!r}; pixels are always scaled and normalised"
-            )
+    check_fixed_values(said, FIXED_PIXEL_VALUES, own)
     return said, own
 
 

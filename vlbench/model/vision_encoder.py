@@ -32,13 +32,17 @@ from vlbench.model.named_encoder import (
     resolve_encoder_config,
 )
 from vlbench.model.timm_config import TimmConfig
-from vlbench.model.weights import clip_layouts, open_clip_files, timm_files
-from vlbench.model.weights.hf_vit_layout import CONFIG_KEYS
+from vlbench.model.weights import open_clip_files, timm_files
+from vlbench.model.weights.clip_folder import load_clip_folder
 from vlbench.model.weights.tensor_groups import check_tensor_groups
 from vlbench.state_dicts import check_names
-from vlbench.text_files import read_json
 
 RGBStats = tuple[float, float, float]
+BUILD_ERRORS = (
+    *(RuntimeError, ValueError, TypeError, AssertionError),
+    *(ArithmeticError, LookupError),  # a size of 0, a list that is too short
+)
+"""What open_clip and timm raise where numbers of an architecture do not go together."""
 
 
 class VisionEncoder(nn.Module):
@@ -314,7 +318,7 @@ def build_encoder_from_config(
     """Build the encoder that `config` describes, with random weights; errors call it `name`."""
     try:
         visual = config.build_module()
-    except (RuntimeError, ValueError, TypeError, AssertionError) as error:  # open_clip's and timm's
+    except BUILD_ERRORS as error:
         reason = one_line(error)
         raise UserError(f"vision.name is '{name}', which cannot be built ({reason})") from error
     if not has_encoder_blocks(visual):
@@ -338,32 +342,6 @@ def check_vision_weights(name: str, weights: str) -> None:
             _load_weights(encoder, name, weights, folder, load_values=False)
 
 
-def load_clip_folder(encoder: VisionEncoder, folder: Path, load_values: bool = True) -> set[str]:
-    """Load a CLIP in Hugging Face's layout into `encoder`, at the image size of the folder.
-
-    Returns:
-        The keys of `encoder.visual` that were loaded. Without `load_values` names and shapes are
-        compared, and nothing is loaded.
-    """
-    file = folder / "config.json"
-    config = clip_layouts.parse_vision_config(read_json(file), file)
-    needed = clip_layouts.to_hf_vision_config(encoder.visual)
-    for key in CONFIG_KEYS:
-        if config[key] != needed[key] and key != "image_size":
-            raise UserError(
-                f"{file}: {key} is {config[key]}, and of the vision encoder vision.name it is "
-                f"{needed[key]}"
-            )
-    encoder.set_image_size(config["image_size"])
-    if load_values:
-        return clip_layouts.load_clip_weights(folder, encoder.visual)
-    check_tensor_groups(
-        [clip_layouts.build_clip_group(folder, encoder.visual)],
-        {"vision": clip_layouts.to_hf_state_dict(encoder.visual)},
-    )
-    return set()
-
-
 def _load_weights(
     encoder: VisionEncoder,
     name: str,
@@ -374,7 +352,7 @@ def _load_weights(
     """Load every tensor of what `weights` means; without `load_values` compare shapes only."""
     file = find_weight_file(name, weights, folder)
     if file is None:
-        loaded = load_clip_folder(encoder, Path(weights), load_values)
+        loaded = load_clip_folder(encoder, name, Path(weights), load_values)
     elif isinstance(encoder.config, TimmConfig):
         loaded = timm_files.load_timm_weights(file, encoder, load_values)
     else:

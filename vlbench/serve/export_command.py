@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,12 @@ from vlbench.model.weights.export_yi_vl import write_yi_vl
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.new_folder import check_new_folder, write_new_folder
-from vlbench.serve.model_card import describe_training, render_model_card, training_command
+from vlbench.serve.model_card import (
+    describe_training,
+    render_model_card,
+    tell_lost_orientation,
+    training_command,
+)
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import read_json
 from vlbench.train import checkpoint_files
@@ -50,9 +56,7 @@ def run_export(arguments: ExportArguments) -> int:
     recipe = _load_source_recipe(source, vlm)
     names = (recipe.recipe, recipe.size)
     again = training_command(*names, to, recipe.connector, recipe.last_stage_data)
-    training = "Nothing was trained: these are the released weights."
-    if checkpoint_files.is_run_or_checkpoint(source):
-        training = describe_training(recipe.recipe, recipe.model, recipe.selected_stages)
+    training = _tell_training(source, recipe)
     try:
         with write_new_folder(to) as writing:
             if layout == "vlbench":
@@ -67,8 +71,22 @@ def run_export(arguments: ExportArguments) -> int:
     except (OSError, SafetensorError) as error:
         raise explain_unwritable(error, f"out={to}") from error
     size = sum(path.stat().st_size for path in to.rglob("*") if path.is_file())
+    if lost := tell_lost_orientation(vlm, layout):
+        print(f"vlbench: {lost}", file=sys.stderr)
     print(f"wrote {to} ({size / 1e6:,.1f} MB, format {layout}); README.md in it says how to use it")
     return 0
+
+
+def _tell_training(source: Path, recipe: Recipe) -> str:
+    """Return what was trained until `source`, a checkpoint or a released model."""
+    is_checkpoint = checkpoint_files.is_run_or_checkpoint(source)
+    # a release that was written in our format has its files, and began with nothing else
+    if not is_checkpoint or (
+        recipe.init is None and (source / checkpoint_files.RELEASE_FOLDER).is_dir()
+    ):
+        return "Nothing was trained: these are the released weights."
+    position = checkpoint_files.read_position(source)
+    return describe_training(recipe.recipe, recipe.model, recipe.selected_stages, position)
 
 
 def _refuse_second_encoder(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
@@ -200,7 +218,10 @@ def _load_source_recipe(source: Path, vlm: LoadedVLM) -> Recipe:
 
 
 def _load_run_results(source: Path) -> dict[str, Any]:
-    """Return the results of the run that a checkpoint lies in, {} when there are none."""
+    """Return the results of the run whose newest checkpoint `source` is, {} when there are none."""
     file = source.parent.parent / "results.json"
-    is_run = checkpoint_files.is_run_or_checkpoint(source) and file.is_file()
-    return read_results(file) if is_run else {}
+    if not checkpoint_files.is_run_or_checkpoint(source) or not file.is_file():
+        return {}
+    positions = checkpoint_files.list_positions(source.parent)
+    is_newest = positions[-1:] == [checkpoint_files.read_position(source)]
+    return read_results(file) if is_newest else {}

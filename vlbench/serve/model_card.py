@@ -16,6 +16,7 @@ from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.text_files import format_json
 from vlbench.text_tables import markdown_text
+from vlbench.train.checkpoint_files import RunPosition
 from vlbench.version import __version__
 
 TRANSFORMERS_LAYOUTS = ("hf_llava", "hf_llava_next", "yi_vl_hf")
@@ -110,6 +111,7 @@ def render_model_card(
         "\n".join(["| part | what | parameters |", "|---|---|---|", *rows]),
         f"{_describe_images(vlm, layout)} Conversations are written with the chat template "
         f"{vlm.processor.template.name}.",
+        *([f"Note that {lost}."] if (lost := tell_lost_orientation(vlm, layout)) else []),
         "## Training",
         training,
         *_render_results_table(results),
@@ -128,6 +130,16 @@ def render_model_card(
         "of the data they\nlearned from. The model may describe what is not in an image.",
     ]
     return "\n\n".join(paragraphs) + "\n"
+
+
+def tell_lost_orientation(vlm: LoadedVLM, layout: str) -> str:
+    """Return what to do where a layout does not keep that photographs are turned; "" elsewhere."""
+    if layout == "vlbench" or not vlm.processor.transform.exif:
+        return ""
+    return (
+        f"the model was trained with data.exif=apply, which format={layout} does not hold: turn "
+        "photographs upright first, as PIL.ImageOps.exif_transpose does"
+    )
 
 
 def _describe_images(vlm: LoadedVLM, layout: str) -> str:
@@ -181,9 +193,12 @@ def _describe_parts(vlm: LoadedVLM) -> list[str]:
 
 
 def describe_training(
-    recipe_name: str, model: ModelConfig, stages: Mapping[str, StageConfig]
+    recipe_name: str,
+    model: ModelConfig,
+    stages: Mapping[str, StageConfig],
+    position: RunPosition,
 ) -> str:
-    """Return what a model began with, and what each stage trained, in Markdown."""
+    """Return what a model began with, and what each stage until `position` trained, in Markdown."""
     began = (
         model.init
         or f"{model.vision.weights} (vision encoder), {model.language.weights} (language)"
@@ -192,10 +207,14 @@ def describe_training(
     lines = [f"Recipe `{name}`, seed {model.seed}; it began with {_plain_markdown(str(began))}."]
     for name, stage in stages.items():
         budget = f"{stage.steps} steps" if stage.steps is not None else f"{stage.epochs} epochs"
+        if name == position.name:  # it may be anywhere in its last stage
+            budget = f"{position.step} steps"
         lines.append(
             f"- {name}: {budget} of batch {stage.global_batch_size} at {stage.image_size} pixels, "
             f"trains {', '.join(stage.trained_parts)}"
         )
+        if name == position.name:
+            break
     return "\n".join(lines)
 
 

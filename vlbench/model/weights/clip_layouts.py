@@ -127,16 +127,20 @@ def build_clip_vit(config: Mapping[str, Any]) -> VisionTransformer:
     return visual
 
 
+def is_clip_vit(visual: Any) -> bool:
+    """Tell whether a vision encoder of open_clip is the architecture of a CLIPVisionModel."""
+    if type(visual) is not VisionTransformer or isinstance(visual.ln_pre, nn.Identity):
+        return False
+    return set(visual.state_dict()) - {"proj"} == set(hf_tensor_names(_num_layers(visual)))
+
+
 def to_hf_vision_config(visual: Any) -> dict[str, Any]:
     """Return the CLIPVisionConfig of an open_clip ViT.
 
     Raises:
         UserError: when it is another architecture than CLIP's.
     """
-    is_clip = type(visual) is VisionTransformer and not isinstance(visual.ln_pre, nn.Identity)
-    if not is_clip or set(visual.state_dict()) - {"proj"} != set(
-        hf_tensor_names(_num_layers(visual))
-    ):
+    if not is_clip_vit(visual):
         raise UserError(
             "this format holds plain CLIP ViTs alone, and the vision encoder is none; "
             "format=vlbench keeps every vision encoder"

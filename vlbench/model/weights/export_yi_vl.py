@@ -17,8 +17,8 @@ from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
+from vlbench.model.weights.processor_values import FIXED_PROCESSOR_VALUES
 from vlbench.model.weights.release_files import (
-    FIXED_PROCESSOR_VALUES,
     LLAMA_CONFIG_KEYS,
     collect_part_states,
     parse_preprocess_config,

@@ -160,7 +160,8 @@ def _read_image_processor(folder: Path, may_squash: bool) -> dict[str, Any]:
     if not isinstance(inner, dict):
         raise UserError(f"{file}: image_processor is {inner!r}; wanted is a mapping")
     preprocess = parse_preprocess_config(inner, file, pad=bool(inner.get("do_pad", False)))
-    if may_squash and not preprocess["pad"] and set(inner["size"]) == {"height", "width"}:
+    is_rectangle = isinstance(inner["size"], dict) and set(inner["size"]) == {"height", "width"}
+    if may_squash and not preprocess["pad"] and is_rectangle:
         return preprocess | {"fit": "squash"}
     return preprocess
 

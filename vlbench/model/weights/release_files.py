@@ -24,6 +24,7 @@ from vlbench.model.language_model import check_language_config
 from vlbench.model.view_tokens import NEWLINE_NAME, newline_of
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import vision_layouts
+from vlbench.model.weights.processor_values import FIXED_PROCESSOR_VALUES, check_fixed_values
 from vlbench.model.weights.tensor_groups import (
     TensorGroup,
     load_language_state,
@@ -43,12 +44,6 @@ LLAMA_CONFIG_KEYS = (
     *("bos_token_id", "eos_token_id", "pad_token_id"),
 )
 """Keys of a configuration that define the architecture of a Llama."""
-FIXED_PROCESSOR_VALUES: dict[str, float] = {
-    **dict.fromkeys(("do_resize", "do_center_crop", "do_rescale", "do_normalize"), True),
-    "resample": 3,  # bicubic
-    "rescale_factor": 1 / 255,
-}
-"""Options of a CLIPImageProcessor that may have these values alone."""
 
 
 @dataclass(frozen=True)
@@ -121,10 +116,7 @@ def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) ->
     Sizes may be written in the old or the new style.
     """
     require_keys(config, ("size", "crop_size"), file)
-    for key, value in FIXED_PROCESSOR_VALUES.items():
-        given = config.get(key, value)
-        if not isinstance(given, int | float) or abs(given - value) > 1e-12:
-            raise UserError(f"{file}: {key} is {given!r}; only {value} can be done here")
+    check_fixed_values(config, FIXED_PROCESSOR_VALUES, file)
     return {
         "mean": _parse_rgb_values(config.get("image_mean") or OPENAI_CLIP_MEAN, "image_mean", file),
         "std": _parse_rgb_values(config.get("image_std") or OPENAI_CLIP_STD, "image_std", file),

@@ -58,7 +58,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     depth, norm = parse_projector_type(config["mm_projector_type"], file)
     encoder_file = encoder_folder / "config.json"
     vision = clip_layouts.parse_vision_config(read_json(encoder_file), encoder_file)
-    pad = config.get("image_aspect_ratio") == "pad"
+    pad = _parse_aspect_ratio(config.get("image_aspect_ratio"), file)
     processor_file = encoder_folder / "preprocessor_config.json"
     preprocess = parse_preprocess_config(read_json(processor_file), processor_file, pad)
     check_crop_size(preprocess, vision, encoder_folder)
@@ -80,6 +80,17 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         template_name=template_name,
         template_reason=template_reason,
     )
+
+
+def _parse_aspect_ratio(aspect: Any, file: Path) -> bool:
+    """Return whether images are padded to a square; without a value the reference crops them."""
+    if aspect not in ("pad", "square", None):
+        raise UserError(
+            f"{file}: image_aspect_ratio is {aspect!r}; in this layout 'pad' and 'square' can be "
+            "done here; for tiles (anyres) give LLaVA-NeXT in transformers' layout, model_type "
+            "llava_next"
+        )
+    return bool(aspect == "pad")
 
 
 def read_release_files(folder: Path) -> dict[str, bytes]:
