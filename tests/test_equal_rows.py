@@ -59,6 +59,8 @@ def test_rows_whose_runs_were_begun_with_other_rates_go_on(home, monkeypatch):
     from test_report_command import run
 
     grid = parse_grid([*SWEEP[1:], "only=chat"])
+    grid.folder.mkdir()
+    (grid.folder / "command.txt").write_text("python -m vlbench compare\n")
     for row, losses in zip(grid.rows, (("0.1", "0.2"), ("0.2", "0.1")), strict=True):
         for factor, loss in zip((1.0, 3.0), losses, strict=True):
             finish(lr_sweep.trial_folder(grid, row, {"connector": factor}), loss)

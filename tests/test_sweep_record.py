@@ -23,8 +23,10 @@ ONE = ["recipe=yivl_llava", *TWO[1:]]
 
 @pytest.fixture
 def home(tmp_path, monkeypatch) -> Path:
-    """Return an empty folder; `compare` trains nothing there."""
+    """Return a folder in which a comparison, c, was begun; `compare` trains nothing there."""
     monkeypatch.chdir(tmp_path)
+    Path("c").mkdir()
+    Path("c/command.txt").write_text("python -m vlbench compare\n")
     monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
     monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
     return tmp_path
