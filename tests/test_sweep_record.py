@@ -172,7 +172,7 @@ def test_a_choice_that_no_run_has_is_not_told_of_runs_without_a_sweep(home):
     "text", ["{}x", '{"rows": 3}', '{"seed": 4, "rows": {"a": {"trials": [], "chosen": {"b": 1}}}}']
 )
 def test_what_is_no_record_is_named(text, home):
-    Path("c").mkdir()
+    Path("c").mkdir(exist_ok=True)
     Path("c/sweep.json").write_text(text)
     with pytest.raises(UserError, match=r"sweep\.json"):
         describe_sweep(Path("c"), ["a"])
