@@ -217,6 +217,25 @@ def test_a_shard_that_is_no_tar_file_is_not_tried_again_for_each_sample(
     assert len(bad(WebDatasetShards(folder))) == 8 and len(waited) == shards_module.READ_TRIES - 1
 
 
+def test_a_disk_that_fails_for_a_while_loses_no_shard(packed, tmp_path, monkeypatch):
+    folder = broken(packed, tmp_path / "slow")
+    Path(index_path(str(folder / "000001.tar"))).unlink()
+    source, failures = WebDatasetShards(folder), [OSError(5, "Input/output error")] * 4
+    open_tar = tarfile.open
+
+    def fail_at_first(*args, **kwargs):
+        if failures:
+            raise failures.pop()
+        return open_tar(*args, **kwargs)
+
+    monkeypatch.setattr("vlbench.data.shard_index.tarfile.open", fail_at_first)
+    shards_module._cached_index.cache_clear()
+    first = source.sample_counts[0]
+    with pytest.raises(BadSample, match="Input/output error"):
+        source[first]
+    assert source[first].images  # the next sample of the shard tries anew
+
+
 def test_a_shard_that_comes_late_is_read(packed, tmp_path, monkeypatch):
     folder = broken(packed, tmp_path / "late")
     hidden = (folder / "000000.tar").rename(folder / "hidden")

@@ -204,8 +204,8 @@ def _describe_left_out(left_out: Counter[str]) -> str:
 def _cached_index(tar: str, tar_stamp: FileStamp | None) -> TarScan | str:
     """Return the index of a tar file with that stamp, or why READ_TRIES attempts did not read it.
 
-    While a file is as it was, no more attempts are made. Of a URL the error is raised, and the next
-    sample tries anew.
+    While a file is as it was, what it holds is not tried again. Where the system refused to read
+    it, or of a URL, the error is raised, and the next sample tries anew.
     """
     for attempt in range(READ_TRIES):
         try:
@@ -214,7 +214,7 @@ def _cached_index(tar: str, tar_stamp: FileStamp | None) -> TarScan | str:
             problem = error
         if attempt < READ_TRIES - 1:
             time.sleep(RETRY_SECONDS)
-    if tar_stamp is None:
+    if tar_stamp is None or isinstance(problem.__cause__, OSError):
         raise problem
     return str(problem)
 
