@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from whole_model_cost import count_model_cost
 
@@ -144,6 +146,7 @@ def test_a_finished_curve_may_be_read_on_a_smaller_machine(tmp_path, monkeypatch
     for folder in folders:
         folder.mkdir(parents=True)
         (folder / "results.json").write_text("{}")
+    Path("c/command.txt").write_text("python -m vlbench compare\n")
     assert main(words) == 0
     (folders[0] / "results.json").unlink()
     assert main(words) == 2

@@ -56,9 +56,13 @@ REPORT_FILES = ("report.md", "report.html", "report.json")
 def run_compare(grid: ComparisonGrid) -> int:
     """Train the unfinished runs of a grid and write the reports; return the exit code."""
     check_comparison_folder(grid.folder)
+    has_curves = grid.curve is not None
+    if not has_curves:  # before sizes are solved, which takes seconds
+        _check_machine(grid)
     grid = expand_curves(match_budgets(grid))
     _refuse_rows_made_equal(grid)
-    _check_machine(grid)  # once the rows are those that have runs: finished ones need nothing
+    if has_curves:  # only now the rows are those that have runs: finished ones need nothing
+        _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
     _refuse_other_recipes([*lr_sweep.trial_jobs(grid), *_make_jobs(lr_sweep.settled_grid(grid))])
     if grid.dry_run:
