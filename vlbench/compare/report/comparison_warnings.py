@@ -123,5 +123,5 @@ def _versions_warning(runs: Sequence[FinishedRun]) -> str:
 def _failed_runs_warning(failed: Mapping[Path, str]) -> str:
     if not failed:
         return ""
-    runs = "1 run" if len(failed) == 1 else f"{len(failed)} runs"
-    return f"{runs} failed or did not finish, and their results are missing."
+    runs, whose = ("1 run", "its") if len(failed) == 1 else (f"{len(failed)} runs", "their")
+    return f"{runs} failed or did not finish, and {whose} results are missing."
