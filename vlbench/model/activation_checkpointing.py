@@ -9,7 +9,7 @@ knows, and keep nothing.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from vlbench.compat.torch_internals import expensive_operations
+from vlbench.model.supervised_mlp import LAST_LAYER, layer_forward
 
 CHECKPOINTING_MODES = ("none", "selective", "full")
 """From most memory to least: keep all activations; keep the results of matrix products and of
@@ -30,15 +31,20 @@ context manager in which they are."""
 
 
 def checkpoint_blocks(
-    decoder_layers: Iterable[nn.Module], encoder_blocks: Iterable[nn.Module], mode: str
+    decoder_layers: Sequence[nn.Module], encoder_blocks: Iterable[nn.Module], mode: str
 ) -> None:
     """Set what decoder layers and encoder blocks recompute, one of `CHECKPOINTING_MODES`.
 
     An encoder block keeps all or nothing: it is recomputed in full unless `mode` is "none".
     """
-    language_forward = _selective_forward if mode == "selective" else _recomputed_forward
+    language_forward = {
+        "none": _class_forward,
+        "selective": _selective_forward,
+        "full": _recomputed_forward,
+    }[mode]
     for block in decoder_layers:
-        _set_forward(block, None if mode == "none" else language_forward)
+        _set_forward(block, language_forward)
+        setattr(block, LAST_LAYER, block is decoder_layers[-1])
     for block in encoder_blocks:
         _set_forward(block, None if mode == "none" else _recomputed_forward)
 
@@ -54,7 +60,7 @@ def _set_forward(block: nn.Module, forward: Any | None) -> None:
 def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a block that keeps its inputs alone."""
     if not torch.is_grad_enabled():
-        return type(block).forward(block, *args, **kwargs)
+        return _class_forward(block, *args, **kwargs)
     return checkpoint(
         functools.partial(_class_forward, block, **kwargs), *args, use_reentrant=False
     )
@@ -63,7 +69,7 @@ def _recomputed_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of a block that keeps its inputs and the results of expensive operations."""
     if not torch.is_grad_enabled():
-        return type(block).forward(block, *args, **kwargs)
+        return _class_forward(block, *args, **kwargs)
     return checkpoint(
         functools.partial(_class_forward, block, **kwargs),
         *args,
@@ -74,12 +80,12 @@ def _selective_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
 
 def _class_forward(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
     """Forward of the class of a block; where it is recomputed no hook has cast its weights."""
-    forward = type(block).forward
+    forward = layer_forward(block, kwargs)
     cast_weights = vars(block).get(WEIGHT_CAST)
     if cast_weights is None or torch.is_autocast_enabled(args[0].device.type):
-        return forward(block, *args, **kwargs)
+        return forward(*args, **kwargs)
     with cast_weights():
-        return forward(block, *args, **kwargs)
+        return forward(*args, **kwargs)
 
 
 def _selective_contexts() -> Any:

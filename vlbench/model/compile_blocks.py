@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from vlbench.compat.torch_internals import compiler_settings
+from vlbench.model.supervised_mlp import POSITIONS
 from vlbench.model.vlm import VLM
 
 MAX_GRAPHS = 32
@@ -70,5 +71,9 @@ def _forward_while_training(
     """Forward of a block: compiled while `vlm` trains, eager otherwise.
 
     Held-out losses and answers have other dtypes and lengths, which would need graphs of their own.
+    So would a last layer that computes its MLP for some positions.
     """
-    return (compiled_forward if vlm.training else eager_forward)(*args, **kwargs)
+    if not vlm.training:
+        return eager_forward(*args, **kwargs)
+    kwargs.pop(POSITIONS, None)
+    return compiled_forward(*args, **kwargs)

@@ -32,12 +32,7 @@ from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_di
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
-from vlbench.model.view_tokens import (
-    add_newline,
-    arrange_tokens,
-    mark_newlines,
-    newline_of,
-)
+from vlbench.model.view_tokens import add_newline, arrange_tokens, mark_newlines, newline_of
 from vlbench.model.vision_encoder import VisionEncoder, has_trained_parameters
 from vlbench.model.weights.tensor_groups import move_and_cast
 
@@ -93,8 +88,9 @@ class VLM(nn.Module):
             self.second_vision = vision.encoders()[1]
         self._connector_class, self.connector_options = connector_class, connector_options
         self.has_newline = has_newline
-        self.objective, self._uses_checkpointing = "language", False
+        self.objective = "language"
         self.connector = self._build_connector()
+        self.enable_activation_checkpointing("none")
         layers = self.language.model.layers
         self._inject_hooks = [
             layers[index].register_forward_pre_hook(
@@ -281,8 +277,11 @@ class VLM(nn.Module):
         output: BaseModelOutputWithPast = self.language.model(inputs_embeds=embeds, **kwargs)
         return output
 
-    def hidden_states(self, batch: PackedBatch, visual: Levels) -> Tensor:
-        """Return the last hidden states `[rows, length, lm_width]` of a batch, without KV cache."""
+    def hidden_states(self, batch: PackedBatch, visual: Levels, for_loss: bool = False) -> Tensor:
+        """Return the last hidden states `[rows, length, lm_width]` of a batch, without KV cache.
+
+        With `for_loss` those of the supervised positions alone are right.
+        """
         device = first_level(visual).device
         hidden = self.run_decoder(
             self.merge_embeddings(batch, visual),
@@ -293,6 +292,7 @@ class VLM(nn.Module):
             lengths=OpaqueLengths(batch.sample_lengths),
             bounds=sample_bounds(batch.sample_lengths, batch.input_ids.shape[1], device),
             use_cache=False,
+            supervised_positions=batch.supervised_positions if for_loss else None,
         ).last_hidden_state
         assert hidden is not None
         return hidden
@@ -350,7 +350,7 @@ class VLM(nn.Module):
         inputs = self.connector_inputs(batch, features)
         visual = self._with_checkpointing(self.connector)(*inputs)
         check_levels(self.connector, visual)
-        hidden = self.hidden_states(batch, visual)
+        hidden = self.hidden_states(batch, visual, for_loss=batch.labels is not None)
         if batch.labels is None:
             return VLMOutput(logits=self.logits(hidden))
         loss = self.language_loss(hidden, batch.labels, batch.supervised_positions)
