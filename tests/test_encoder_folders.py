@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 import vlbench
 from vlbench.__main__ import main
@@ -122,6 +123,8 @@ TIMM_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}
     [
         ({"patch_size": 0}, {}, "vision.name is '.*', which cannot be built"),
         ({"num_heads": 0}, {}, "vision.name is '.*', which cannot be built"),
+        ({"patch_size": []}, {}, "vision.name is '.*', which cannot be built"),
+        ({"img_size": 13}, {}, "its images of 13 pixels are smaller than a patch"),
         ({}, {"crop_mode": ["center"]}, r"crop_mode is \['center'\]; known are center, squash"),
     ],
 )
@@ -132,6 +135,30 @@ def test_odd_values_in_timms_file_are_one_line(args, pixels, said, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(UserError, match=said):
         build_vision_encoder(str(tmp_path), "random")
+
+
+RATES = {"drop_path_rate": 0.9, "proj_drop_rate": 0.9, "attn_drop_rate": 0.9, "drop_rate": 0.9}
+TIMM_IN_OPEN_CLIP = {
+    **{"timm_model_name": "vit_tiny_patch16_224", "timm_pool": "avg", "timm_proj": "linear"},
+    **{"image_size": 32, "timm_drop_path": 0.9, "timm_drop": 0.9},
+}
+
+
+@pytest.mark.parametrize("layout", ["timm", "open_clip"])
+def test_nothing_is_dropped_at_random_in_training(layout, tmp_path):
+    """Published folders keep the rates that they were trained with."""
+    folder = tmp_path / "own"
+    if layout == "open_clip":
+        write_open_clip(folder, **TIMM_IN_OPEN_CLIP)
+    else:
+        folder.mkdir()
+        square = {"input_size": [3, 56, 56], "mean": [0.5] * 3, "std": [0.5] * 3}
+        config = {"architecture": "vit_base_patch16_224", "pretrained_cfg": square}
+        text = json.dumps({**config, "model_args": {**TIMM_ARGS, **RATES}})
+        (folder / "config.json").write_text(text)
+    encoder = build_vision_encoder(str(folder), "random").train()
+    pixels = torch.randn(1, 3, encoder.image_size, encoder.image_size)
+    assert torch.equal(encoder(pixels), encoder(pixels))
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from golden_release import (
     case_messages,
     copy_checkpoint,
     edit_json,
+    load_tensors,
     rewrite_weights,
 )
 from torch import Tensor
@@ -24,6 +25,7 @@ import vlbench
 from vlbench.__main__ import main
 from vlbench.errors import UserError
 from vlbench.model.weights import tensor_files, tensor_writer, yi_vl_layout
+from vlbench.model.weights.export_yi_vl import write_yi_vl
 
 CASE = CASES["cases"][0]
 LAYER = "model.layers.1.mlp.up_proj.weight"
@@ -83,6 +85,9 @@ SAME = {
         folder / ENCODER_FOLDER, without_prefix
     ),
     "a whole CLIP": lambda folder: rewrite_weights(folder / ENCODER_FOLDER, whole_clip),
+    "a Mistral without a window": lambda folder: edit_json(
+        folder / "config.json", model_type="llava_mistral", sliding_window=4096
+    ),
     "sizes of old": lambda folder: edit_json(
         folder / ENCODER_FOLDER / "preprocessor_config.json",
         **{"size": 56, "crop_size": 56, "do_rescale": None, "do_convert_rgb": None},
@@ -106,6 +111,40 @@ def test_folders_that_say_the_same_give_the_same(change, tmp_path):
     folder = copy_checkpoint(tmp_path / "model")
     change(folder)
     assert torch.equal(logits(folder), EXPECTED)
+
+
+COPIED_TOKEN = "model.vision_tower.vision_tower.vision_model.embeddings.class_embedding"
+TRAINED = {
+    "LLaVA": {"unfreeze_mm_vision_tower": True},
+    "LLaVA-NeXT": {"mm_tunable_parts": "mm_vision_tower,mm_mlp_adapter"},
+}
+
+
+@pytest.mark.parametrize("said", TRAINED.values(), ids=TRAINED)
+def test_an_encoder_that_was_trained_is_the_one_beside_the_language_model(said, tmp_path):
+    """LLaVA's code reads it there; its folder has what the training began with."""
+    folder = copy_checkpoint(tmp_path / "model")
+    edit_json(folder / "config.json", **said)
+    encoder = load_tensors(folder / ENCODER_FOLDER)
+
+    def train_encoder(state: dict) -> None:
+        for name, tensor in encoder.items():
+            key = name.removeprefix("vision_model.")
+            state[f"model.vision_tower.vision_tower.vision_model.{key}"] = 2 * tensor
+
+    rewrite_weights(folder, train_encoder)
+    vlm = vlbench.load(folder, dtype="float32", device="cpu")
+    trained = 2 * encoder["vision_model.embeddings.class_embedding"].float()
+    assert vlm.vision.visual.class_embedding.equal(trained)
+    for name, source in (("unchanged", folder), ("changed", None)):
+        (tmp_path / name).mkdir()
+        write_yi_vl(vlm, tmp_path / name, None, source)
+        back = vlbench.load(tmp_path / name, dtype="float32", device="cpu")
+        assert back.vision.visual.class_embedding.equal(trained)
+    written = json.loads((tmp_path / "changed/config.json").read_text())
+    assert not any(written[key] for key in said)  # LLaVA's code, too, reads the folder now
+    assert COPIED_TOKEN not in load_tensors(tmp_path / "changed")
+    assert load_tensors(tmp_path / "unchanged").keys() == load_tensors(folder).keys()
 
 
 def test_the_stored_type_is_kept_when_asked_for():
@@ -238,6 +277,11 @@ BROKEN = {
     "select layer": (config_change(mm_vision_select_layer=-9), "mm_vision_select_layer is -9"),
     "class token": (config_change(mm_vision_select_feature="cls_patch"), "only 'patch'"),
     "tiles": (config_change(image_aspect_ratio="anyres"), "is 'anyres'; .*llava_next"),
+    "another family": (config_change(model_type="llava_gemma"), "model_type is 'llava_gemma'; in"),
+    "a window": (
+        config_change(model_type="llava_mistral", sliding_window=16),
+        "sliding_window is 16 of 4096 positions",
+    ),
     "an aspect of another kind": (config_change(image_aspect_ratio=["pad"]), r"is \['pad'\]; "),
     "no encoder": (
         lambda f: (

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from golden_release import CHECKPOINT
+from golden_release import CHECKPOINT, load_tensors
 from language_folders import write_language_folder
 from own_templates import OWN_TEMPLATES, write_tokenizer
 from PIL import Image
@@ -80,12 +81,17 @@ def test_a_folder_for_transformers_has_our_logits_and_comes_back(family, tmp_pat
         load_language_model(write_language_folder(family, tmp_path / family), torch.float32),
     ).eval()
     write_hf_llava(vlm, tmp_path / "to", None)
+    assert "lm_head.weight" not in load_tensors(tmp_path / "to")  # tied: written once
     theirs = LlavaForConditionalGeneration.from_pretrained(tmp_path / "to").eval()
     back = vlbench.load(tmp_path / "to", dtype="float32", device="cpu")
     assert type(back.language.config) is type(vlm.language.config)
     asked = [{"role": "user", "content": [*CONTENT, {"type": "text", "text": "What is it?"}]}]
     batch = vlm.prepare(asked)
     logits = vlm(batch).logits[0]
+    write_hf_llava(vlm, half := tmp_path / "half", torch.bfloat16)
+    assert "lm_head.weight" not in load_tensors(half)
+    said = json.loads((half / "config.json").read_text())
+    assert said["dtype"] == said["text_config"]["dtype"] == "bfloat16"
     assert back(back.prepare(asked)).logits[0, :, : logits.shape[1]].equal(logits)
     image_id = theirs.config.image_token_index
     ids = batch.input_ids.masked_fill(batch.input_ids < 0, image_id)

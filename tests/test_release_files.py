@@ -17,9 +17,10 @@ from golden_release import (
     make_plain_llava,
     rewrite_weights,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from torch import Tensor
-from transformers import LlavaForConditionalGeneration
+from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
@@ -215,6 +216,21 @@ def test_small_files_of_other_versions_say_the_same(change, models, tmp_path):
         and after.tokenizer.embedding_rows == before.tokenizer.embedding_rows
     )
     assert torch.equal(before(before.prepare(ASK)).logits, after(after.prepare(ASK)).logits)
+
+
+@pytest.mark.parametrize("size", [{"height": 56, "width": 56}, {"shortest_edge": 56}])
+def test_pixels_are_those_of_the_folders_own_processor(size, models, tmp_path):
+    """Height and width squash an image; one length is its shortest edge, and it is cropped."""
+    folder = copied(models["hf_llava"], tmp_path)
+    processor(size=size, do_pad=False)(folder)
+    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+    theirs: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    pixels = theirs.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
+    transform = loaded(folder).processor.transform
+    assert (transform(picture) - pixels).abs().max() < 1e-5
+    words = ["export", f"model={folder}", f"out={tmp_path / 'to'}", "format=hf_llava"]
+    assert main(words) == 0
+    assert loaded(tmp_path / "to").processor.transform == transform
 
 
 ODD: dict[str, tuple[Change, str]] = {

@@ -13,7 +13,7 @@ from golden_release import edit_json, load_tensors, make_plain_llava
 from PIL import Image
 from test_hf_llava import export, same_files
 from test_other_engines import RELEASED_NAMES
-from transformers import AutoProcessor, LlavaForConditionalGeneration
+from transformers import AutoImageProcessor, AutoProcessor, LlavaForConditionalGeneration
 
 import vlbench
 from vlbench.__main__ import main
@@ -85,6 +85,45 @@ def test_transformers_computes_the_same_and_it_comes_back(layer, activation, sou
     assert torch.equal(again, ours)
     assert back.processor.transform == vlm.processor.transform
     same_files(export(folder, tmp_path / "once"), export(folder, tmp_path / "twice"))
+
+
+@torch.no_grad()
+def test_a_folder_with_siglips_own_processor_and_its_pooling_head_is_read(source, tmp_path):
+    """As published folders are: the processor does not crop, and nothing reads the head."""
+    folder = tmp_path / "own"
+    folder.mkdir()
+    write_hf_llava(siglip_vlm(source), folder, None)
+    before = vlbench.load(folder, dtype="float32", device="cpu", template="yi_vl")
+    (folder / "processor_config.json").unlink()
+    pixels = {"do_resize": True, "do_rescale": True, "do_normalize": True, "do_center_crop": None}
+    pixels |= {"rescale_factor": 1 / 255, "resample": 3, "size": {"height": 64, "width": 64}}
+    pixels |= {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
+    said = {"image_processor_type": "SiglipImageProcessor", **pixels}
+    (folder / "preprocessor_config.json").write_text(json.dumps(said))
+    config = json.loads((folder / "config.json").read_text())
+    config["vision_config"].pop("vision_use_head")
+    (folder / "config.json").write_text(json.dumps(config))
+    theirs: Any = LlavaForConditionalGeneration.from_pretrained(folder)  # with a new, random head
+    theirs.save_pretrained(folder)
+    assert any(".head." in name for name in load_tensors(folder))
+    after = vlbench.load(folder, dtype="float32", device="cpu", template="yi_vl")
+    assert after.processor.transform == before.processor.transform
+    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    batch = after.prepare(messages)
+    processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    shown = processor(images=[picture], return_tensors="pt")["pixel_values"]
+    assert (shown - batch.pixels).abs().max() <= 1e-5
+    assert torch.equal(after(batch).logits, before(before.prepare(messages)).logits)
+
+
+def test_siglips_processor_without_height_and_width_is_refused(source, tmp_path):
+    write_hf_llava(siglip_vlm(source), tmp_path, None)
+    said = {"image_processor_type": "SiglipImageProcessor", "size": {"shortest_edge": 64}}
+    edit_json(tmp_path / "processor_config.json", image_processor=said)
+    with pytest.raises(UserError, match="size is {'shortest_edge': 64}; of SigLIP's"):
+        vlbench.load(tmp_path, template="yi_vl")
 
 
 def test_the_pooling_head_is_left_out_and_names_are_the_released_ones(source, tmp_path):

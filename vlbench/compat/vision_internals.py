@@ -22,11 +22,16 @@ def build_open_clip_encoder(
     """Build a vision encoder of open_clip with random weights: `model._build_vision_tower`.
 
     `create_model` would build the text encoder as well. If it goes, no vision encoder is built.
+    open_clip builds a model of timm at the size of its name, whatever `image_size` says.
     """
     from open_clip.model import _build_vision_tower
 
-    visual: nn.Module = _build_vision_tower(embed_dim, vision_config, quick_gelu)
-    return visual
+    visual: Any = _build_vision_tower(embed_dim, vision_config, quick_gelu)
+    patch_embed = getattr(visual.trunk, "patch_embed", None) if has_timm_trunk(visual) else None
+    if getattr(patch_embed, "img_size", None) not in (None, visual.image_size):
+        visual.set_input_size(visual.image_size)
+    module: nn.Module = visual
+    return module
 
 
 def build_timm_encoder(architecture: str, model_args: dict[str, Any], image_size: int) -> nn.Module:

@@ -31,6 +31,11 @@ TIMM_FILES = ("model.safetensors", "pytorch_model.bin")
 """Names of timm's weights in a folder and on a hub, in the order of preference."""
 PLAIN_VIT_MODULES = ("vision_transformer", "eva", "beit", "deit", "naflexvit", "miniature_eva")
 """Files of timm whose models are equal blocks over one grid of patches, and our miniature's."""
+DROP_RATES = (
+    *("drop_rate", "pos_drop_rate", "patch_drop_rate", "proj_drop_rate", "attn_drop_rate"),
+    "drop_path_rate",
+)
+"""timm's arguments for what training leaves out at random."""
 CROP_MODES = {"center": "crop", "squash": "squash", "border": "pad"}
 """timm's `crop_mode`, which makes an image a square, and our word for it."""
 
@@ -55,8 +60,9 @@ class TimmConfig:
 
     def build_module(self) -> nn.Module:
         """Return open_clip's holder of timm's model with random weights, on the default device."""
-        # a connector needs the features of all patches, in training too
-        whole = {"patch_drop_rate": 0.0} if "patch_drop_rate" in self.model_args else {}
+        # a connector needs the features of all patches, in training too, and what is dropped at
+        # random would depend on how rows are packed
+        whole = {key: 0.0 for key in self.model_args if key in DROP_RATES}
         model_args = {**self.model_args, **whole}
         return build_timm_encoder(self.architecture, model_args, self.image_size)
 

@@ -38,7 +38,9 @@ ARCHITECTURE_KEYS = ("embed_dim", "quick_gelu", "vision_cfg")
 """Keys of open_clip's `model_cfg` that say what its vision encoder is."""
 RESIZE_KEYS = ("interpolation", "resize_mode")
 """Keys of open_clip's `preprocess_cfg` that say how an image is resized."""
-WEIGHT_NEUTRAL_KEYS = ("image_size", "patch_dropout")
+NO_DROPOUT: dict[str, Any] = {"patch_dropout": 0.0, "timm_drop": 0.0, "timm_drop_path": None}
+"""Keys of `vision_cfg` for what training leaves out at random, with their values for nothing."""
+WEIGHT_NEUTRAL_KEYS = ("image_size", *NO_DROPOUT)
 """Keys of `vision_cfg` that say nothing about the weights' meaning."""
 
 
@@ -67,8 +69,9 @@ class VisionConfig:
         """Return open_clip's module with random weights, on torch's default device."""
         if "timm_model_name" in self.vision_cfg:
             import vlbench.model.miniature_eva  # noqa: F401  makes its architecture known to timm
-        # a connector needs the features of all patches, in training too
-        keys = {**self.vision_cfg, "timm_model_pretrained": False, "patch_dropout": 0.0}
+        # a connector needs the features of all patches, in training too, and what is dropped at
+        # random would depend on how rows are packed
+        keys = {**self.vision_cfg, "timm_model_pretrained": False, **NO_DROPOUT}
         visual: Any = build_open_clip_encoder(self.embed_dim, keys, self.quick_gelu)
         if not self.projection:
             visual.proj = None
@@ -136,7 +139,8 @@ def check_image_grid(image_size: Any, patch_size: Any, file: Path) -> None:
         [side for side in (value if isinstance(value, list | tuple) else [value])]
         for value in (image_size, patch_size)
     )
-    if not all(type(side) is int and side > 0 for side in (*sides, *patches)):
+    known = all(type(side) is int and side > 0 for side in (*sides, *patches))
+    if not (known and sides and patches):
         return
     if max(sides) > MAX_IMAGE_SIZE:
         raise UserError(

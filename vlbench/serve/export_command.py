@@ -113,11 +113,9 @@ def _refuse_tiles(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
 
 
 def _refuse_other_resizing(vlm: LoadedVLM, layout: ExportFormat, source: Path) -> None:
-    """Refuse to write images that the layout does not resize so; it squashes those of SigLIP."""
+    """Refuse to write images that the layout does not resize so; transformers' may be squashed."""
     transform = vlm.processor.transform
-    may_squash = layout == "hf_llava_next" or (
-        layout == "hf_llava" and not vlm.vision.has_class_token  # a SigLIP
-    )
+    may_squash = layout in ("hf_llava", "hf_llava_next")
     if transform.interpolation != "bicubic" or (transform.squash and not may_squash):
         raise UserError(
             f"images of {source} are {transform.describe()}; format={layout} holds bicubic "

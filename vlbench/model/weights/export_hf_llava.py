@@ -51,6 +51,8 @@ from vlbench.text_files import format_json, read_config_bytes, read_json
 
 LAYOUT_NAME = "transformers' LLaVA"
 YI_VL_LAYOUT_NAME = "LLaMA-Factory's Yi-VL"
+EMBEDDING_NAME, HEAD_NAME = "model.language_model.embed_tokens.weight", "lm_head.weight"
+"""Names in transformers' module of what may be tied."""
 
 
 @dataclass(frozen=True)
@@ -138,7 +140,9 @@ def write_llava_folder(
         for name, tensor in _build_llava_state_dict(vlm.model, vocab_size, variant).items()
     }
     llava_config = build_llava_config(vlm.model, image_id, vocab_size, variant)
-    llava_config.dtype = state["lm_head.weight"].dtype
+    llava_config.dtype = llava_config.text_config.dtype = state[HEAD_NAME].dtype
+    if llava_config.tie_word_embeddings:  # one tensor, which transformers writes once
+        state[HEAD_NAME] = state[EMBEDDING_NAME]
     with torch.device("meta"):
         model = _build_holder(llava_config, variant, has_norms)
     model.load_state_dict(state, assign=True)
@@ -268,7 +272,7 @@ def _build_llava_state_dict(vlm: VLM, vocab_size: int, variant: LlavaVariant) ->
     state = {vision_prefix + key: tensor for key, tensor in parts["vision"].items()}
     for key, tensor in parts["language"].items():
         state[key.replace("model.", "model.language_model.", 1)] = tensor
-    for name in ("model.language_model.embed_tokens.weight", "lm_head.weight"):
+    for name in (EMBEDDING_NAME, HEAD_NAME):
         new_rows = state[name].new_zeros(vocab_size - len(state[name]), state[name].shape[1])
         state[name] = torch.cat([state[name], new_rows]) if len(new_rows) else state[name]
     projector, prefix = parts["connector"], "model.multi_modal_projector."

@@ -30,6 +30,8 @@ from vlbench.model.weights.tensor_writer import write_tensors
 from vlbench.text_files import format_json, read_json
 
 LAYOUT_NAME = "Yi-VL's layout"
+ENCODER_IN_ITS_FOLDER = {"unfreeze_mm_vision_tower": False, "mm_tunable_parts": ""}
+"""Keys of config.json with which the reference reads the encoder from its own folder."""
 
 
 def write_yi_vl(
@@ -57,6 +59,9 @@ def write_yi_vl(
     encoder_folder = yi_vl_layout.find_encoder_folder(folder, config)
     if source is None or dtype:
         _update_release_files(vlm, folder, encoder_folder, dtype)
+    if source is None and yi_vl_layout.was_encoder_trained(config):
+        changes = {key: new for key, new in ENCODER_IN_ITS_FOLDER.items() if key in config}
+        _update_json_file(folder / "config.json", changes)
     _write_conv_mode(folder, source is not None)
     if source is not None:
         groups = yi_vl_layout.build_tensor_groups(source, vlm.model)

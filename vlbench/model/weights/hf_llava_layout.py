@@ -9,6 +9,7 @@ that a LayerNorm follows each Linear layer, and the four are `linear_1` to `line
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection
 from pathlib import Path
 from typing import Any
@@ -82,7 +83,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
     template_name, template_reason = template_detection.detect_hf_llava_template(folder, has_norms)
     text = config["text_config"]
     tied = bool(config.get("tie_word_embeddings") or text.get("tie_word_embeddings"))
-    preprocess = _read_image_processor(folder, vision_layouts.is_siglip(vision))
+    preprocess = _read_image_processor(folder)
     check_crop_size(preprocess, vision, folder)
     return ReleaseSpec(
         language_config=_parse_text_config({**text, "tie_word_embeddings": tied}, file),
@@ -147,11 +148,8 @@ def read_release_files(folder: Path) -> dict[str, bytes]:
     return read_small_files(folder)
 
 
-def _read_image_processor(folder: Path, may_squash: bool) -> dict[str, Any]:
-    """Read the image processor, which transformers 5 writes into processor_config.json.
-
-    With `may_squash` a size of height and width is what an image is resized to, whatever its sides.
-    """
+def _read_image_processor(folder: Path) -> dict[str, Any]:
+    """Read the image processor, which transformers 5 writes into processor_config.json."""
     file = folder / "processor_config.json"
     inner = read_json(file).get("image_processor") if file.is_file() else None
     if inner is None:
@@ -159,11 +157,7 @@ def _read_image_processor(folder: Path, may_squash: bool) -> dict[str, Any]:
         inner = read_json(file)
     if not isinstance(inner, dict):
         raise UserError(f"{file}: image_processor is {inner!r}; wanted is a mapping")
-    preprocess = parse_preprocess_config(inner, file, pad=bool(inner.get("do_pad", False)))
-    is_rectangle = isinstance(inner["size"], dict) and set(inner["size"]) == {"height", "width"}
-    if may_squash and not preprocess["pad"] and is_rectangle:
-        return preprocess | {"fit": "squash"}
-    return preprocess
+    return parse_preprocess_config(inner, file, pad=bool(inner.get("do_pad", False)))
 
 
 def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
@@ -173,8 +167,9 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
     """
     files = weight_files(folder)
     file_names = {name for file in files for name in read_tensor_shapes(file)}
+    vision_prefix = _find_used_prefix(VISION_PREFIXES, file_names)
     targets = {
-        _find_used_prefix(VISION_PREFIXES, file_names) + key: ("vision", key)
+        vision_prefix + key: ("vision", key)
         for key in vision_layouts.to_hf_state_dict(vlm.vision.visual)
     }
     language = {_language_tensor_name(key, file_names): key for key in vlm.language.state_dict()}
@@ -182,7 +177,7 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
         vlm.language, [key for name, key in language.items() if name in file_names]
     )
     targets |= {name: ("language", key) for name, key in language.items() if key not in tied}
-    ignored = BUFFER_PATTERN
+    ignored = rf"{BUFFER_PATTERN}|{re.escape(vision_prefix)}{vision_layouts.UNUSED_TENSORS}"
     projector = vlm.connector.released_projector()
     prefix = _find_used_prefix(PROJECTOR_PREFIXES, file_names)
     if projector is None:

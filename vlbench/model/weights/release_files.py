@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from transformers import LlamaConfig
+from transformers.image_utils import IMAGENET_STANDARD_MEAN as SIGLIP_MEAN
+from transformers.image_utils import IMAGENET_STANDARD_STD as SIGLIP_STD
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 from vlbench.data.image_processing import MAX_RESIZED_SIDE
@@ -111,19 +113,37 @@ def parse_llama_config(config: Mapping[str, Any], file: Path) -> DecoderConfig:
 
 
 def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) -> dict[str, Any]:
-    """Return the preprocessing that a CLIPImageProcessor's configuration describes.
+    """Return the preprocessing that the file of CLIP's or SigLIP's image processor describes.
 
-    Sizes may be written in the old or the new style.
+    Sizes may be written in the old or the new style. As in transformers, height and width are what
+    an image is resized to whatever its sides, and one length is that of its shortest edge.
     """
+    size = config.get("size")
+    squash = isinstance(size, Mapping) and set(size) == {"height", "width"} and not pad
+    if _is_siglip_without_crop(config):
+        if not squash and not pad:
+            raise UserError(
+                f"{file}: size is {size!r}; of SigLIP's image processor, which does not crop, "
+                "wanted are height and width"
+            )
+        whole = {"do_center_crop": True, "crop_size": size}
+        config = {"image_mean": SIGLIP_MEAN, "image_std": SIGLIP_STD, **config, **whole}
     require_keys(config, ("size", "crop_size"), file)
     check_fixed_values(config, FIXED_PROCESSOR_VALUES, file)
-    return {
+    preprocess = {
         "mean": _parse_rgb_values(config.get("image_mean") or OPENAI_CLIP_MEAN, "image_mean", file),
         "std": _parse_rgb_values(config.get("image_std") or OPENAI_CLIP_STD, "image_std", file),
         "resize": _parse_side_length(config["size"], "size", file),
         "crop": _parse_side_length(config["crop_size"], "crop_size", file),
         "pad": pad,
     }
+    return preprocess | ({"fit": "squash"} if squash else {})
+
+
+def _is_siglip_without_crop(config: Mapping[str, Any]) -> bool:
+    """Tell whether a file is that of SigLIP's image processor, which crops only if it says so."""
+    kind = str(config.get("image_processor_type"))
+    return kind.startswith("Siglip") and not config.get("do_center_crop")
 
 
 def check_crop_size(

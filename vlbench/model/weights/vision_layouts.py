@@ -14,6 +14,8 @@ from vlbench.errors import UserError
 from vlbench.model.weights import clip_layouts, siglip_layouts
 
 CLIP_MODEL_TYPES = ("clip_vision_model", "clip")
+UNUSED_TENSORS = r"head\..*"
+"""Names of what a released encoder may have and LLaVA does not read: SigLIP's pooling head."""
 
 
 def parse_vision_config(config: Mapping[str, Any], file: Path) -> dict[str, Any]:

@@ -2,7 +2,9 @@
 
 config.json                        Llama's keys and LLaVA's (mm_*)
 model-0000x-of-0000n.safetensors   language model and projector (.bin shards work as well); copies
-                                   of the vision encoder are ignored, as in the reference
+                                   of the vision encoder are ignored, as in the reference, unless
+                                   config.json says that it was trained (LLaVA's
+                                   unfreeze_mm_vision_tower, LLaVA-NeXT's mm_tunable_parts)
 tokenizer.model tokenizer_config.json ...
 vit/NAME/                          the vision encoder, a CLIPVisionModel: config.json,
                                    preprocessor_config.json, pytorch_model.bin or model.safetensors
@@ -11,11 +13,14 @@ vit/NAME/                          the vision encoder, a CLIPVisionModel: config
 from __future__ import annotations
 
 import re
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from vlbench.errors import UserError
+from vlbench.model.decoder_families import DecoderConfig
+from vlbench.model.language_model import parse_language_config
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, template_detection
 from vlbench.model.weights.release_files import (
@@ -32,7 +37,11 @@ from vlbench.model.weights.tensor_groups import BUFFER_PATTERN, TensorGroup, mis
 from vlbench.text_files import format_json, read_json
 
 PROJECTOR_PREFIX = "model.mm_projector."
+ENCODER_PREFIX = "model.vision_tower.vision_tower."
 IGNORED_TENSORS = rf"model\.vision_tower\..*|{BUFFER_PATTERN}"
+LLAMA_TYPES = ("llava", "llava_llama", "llama")
+MISTRAL_TYPES = ("llava_mistral", "mistral")
+"""`model_type` of a Mistral, which computes what a Llama does where no window is in use."""
 REQUIRED_CONFIG_KEYS = ("mm_vision_tower", "mm_projector_type", "mm_vision_select_layer")
 FIXED_CONFIG_VALUES = {
     "mm_vision_select_feature": "patch",
@@ -69,7 +78,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         )
     template_name, template_reason = template_detection.detect_yi_vl_template(folder, config)
     return ReleaseSpec(
-        language_config=parse_llama_config(config, file),
+        language_config=_parse_language_config(config, file),
         vision_config=vision,
         vision_layer=_parse_select_layer(
             config["mm_vision_select_layer"], vision["num_hidden_layers"], file
@@ -80,6 +89,26 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         template_name=template_name,
         template_reason=template_reason,
     )
+
+
+def _parse_language_config(config: dict[str, Any], file: Path) -> DecoderConfig:
+    """Return the Llama that config.json describes.
+
+    Raises:
+        UserError: for another family. Several of them have a Llama's tensors and compute otherwise.
+    """
+    kind = config.get("model_type", LLAMA_TYPES[0])
+    if kind not in LLAMA_TYPES + MISTRAL_TYPES:
+        raise UserError(
+            f"{file}: model_type is {kind!r}; in this layout language models of Llama's and "
+            f"Mistral's families can be done here ({', '.join(LLAMA_TYPES + MISTRAL_TYPES)}); for "
+            "others give transformers' layout, model_type llava"
+        )
+    if kind in MISTRAL_TYPES:  # refuses a window that is in use
+        keys = (*LLAMA_CONFIG_KEYS, "sliding_window")
+        mistral = {key: config[key] for key in keys if config.get(key) is not None}
+        parse_language_config({"sliding_window": None, **mistral, "model_type": "mistral"}, file)
+    return parse_llama_config(config, file)
 
 
 def _parse_aspect_ratio(aspect: Any, file: Path) -> bool:
@@ -165,11 +194,35 @@ def build_tensor_groups(folder: Path, vlm: VLM) -> list[TensorGroup]:
     ignored = IGNORED_TENSORS
     if vlm.connector.released_projector() is None:
         ignored = rf"{ignored}|{re.escape(PROJECTOR_PREFIX)}.*"
-    encoder_folder = find_encoder_folder(folder, config)
-    return [
-        TensorGroup(files, main_tensor_targets(config, vlm, file_names), ignored),
-        clip_layouts.build_clip_group(encoder_folder, vlm.vision.visual),
-    ]
+    targets = main_tensor_targets(config, vlm, file_names)
+    encoder = clip_layouts.build_clip_group(find_encoder_folder(folder, config), vlm.vision.visual)
+    trained = _trained_encoder_targets(config, encoder, file_names)
+    if trained:
+        encoder = replace(encoder, tensor_targets={}, ignored_pattern=".*")
+    return [TensorGroup(files, targets | trained, ignored), encoder]
+
+
+def was_encoder_trained(config: Mapping[str, Any]) -> bool:
+    """Tell whether config.json says that the vision encoder was trained, in LLaVA's words for it.
+
+    The reference then reads it from the main shards.
+    """
+    parts = str(config.get("mm_tunable_parts") or "")
+    return bool(config.get("unfreeze_mm_vision_tower")) or "mm_vision_tower" in parts
+
+
+def _trained_encoder_targets(
+    config: Mapping[str, Any], encoder: TensorGroup, file_names: Collection[str]
+) -> dict[str, tuple[str, str]]:
+    """Return the tensors of a trained encoder in the main shards; {} where it is not in them."""
+    if not was_encoder_trained(config):
+        return {}
+    prefixes = (f"{ENCODER_PREFIX}vision_model.", ENCODER_PREFIX)
+    prefix = next((p for p in prefixes if any(name.startswith(p) for name in file_names)), None)
+    if prefix is None:
+        return {}
+    targets = encoder.tensor_targets.items()
+    return {prefix + name.removeprefix("vision_model."): target for name, target in targets}
 
 
 def main_tensor_targets(
