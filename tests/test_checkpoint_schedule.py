@@ -21,7 +21,7 @@ def test_saving_takes_a_small_share_of_the_time(slow, share, monkeypatch):
 
     monkeypatch.setattr(callbacks.time, "monotonic", lambda: now.time)
     monkeypatch.setattr(callbacks.checkpoint_files, "CheckpointWriter", write)
-    monkeypatch.setattr(callbacks.checkpoint_files, "prune_checkpoints", lambda *_: None)
+    monkeypatch.setattr(callbacks.checkpoint_pruning, "prune_checkpoints", lambda *_: None)
     run = SimpleNamespace(checkpoints_folder=None, recipe_file=None)
     saving = CheckpointCallback(
         None, run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: now.time
@@ -45,7 +45,7 @@ def test_weights_are_copied_at_once_where_callbacks_may_change_them(beside, monk
         finish_writing=lambda: events.append("finished"),
     )
     monkeypatch.setattr(callbacks.checkpoint_files, "CheckpointWriter", lambda *_: writer)
-    monkeypatch.setattr(callbacks.checkpoint_files, "prune_checkpoints", lambda *_: None)
+    monkeypatch.setattr(callbacks.checkpoint_pruning, "prune_checkpoints", lambda *_: None)
     run = SimpleNamespace(checkpoints_folder=None, recipe_file=None)
     saving = CheckpointCallback(
         None, run, (0, "chat"), [], 60.0, 2, GracefulStop(), lambda: 0.0, beside

@@ -7,11 +7,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import inspect
 import operator
+import signal
 import subprocess
 import sys
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
@@ -556,6 +559,52 @@ def test_a_trainer_has_device_precision_and_no_gradient_sync_alone():
     lightning_internals.set_autocast_context(trainer, torch.no_grad)
     with trainer.precision_plugin.train_step_context():
         assert not torch.is_grad_enabled(), "autocast_context_manager is called no more"
+
+
+class _Regression(pl.LightningModule):
+    """Learns one number."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(1, 1)
+
+    def training_step(self, batch, _):
+        return self.layer(batch).sum()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+class _Signals:
+    """Batches; notes what handles SIGTERM when they are asked for."""
+
+    def __init__(self):
+        self.found = []
+
+    def __iter__(self):
+        for _ in range(2):
+            self.found.append(signal.getsignal(signal.SIGTERM))
+            yield torch.ones(1, 1)
+
+
+def test_a_trainer_takes_no_signal():
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True)
+    lightning_internals.leave_signals_alone(trainer)
+    before, batches = signal.getsignal(signal.SIGTERM), _Signals()
+    trainer.fit(_Regression(), batches)
+    assert batches.found == [before] * 2, "register_signal_handlers is called no more"
+
+
+def test_a_callback_that_is_used_again_does_not_hold_a_trained_module():
+    callback, module = pl.Callback(), _Regression()
+    trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[callback])
+    trainer.fit(module, [torch.ones(1, 1)])
+    assert callback.log.__self__ is module, "Lightning gives callbacks no `log` any more"
+    lightning_internals.detach_callbacks(trainer)
+    trained = weakref.ref(module)
+    del trainer, module
+    gc.collect()
+    assert trained() is None
 
 
 def test_a_wrapped_model_is_asked_for_no_sync():

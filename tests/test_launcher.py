@@ -249,6 +249,20 @@ def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, ca
     assert "start the command on every machine with srun" in capsys.readouterr().err
 
 
+def test_torchrun_that_srun_started_gives_the_ranks(monkeypatch):
+    """As `srun --ntasks-per-node=1 torchrun --nproc-per-node=8 ...` on two machines."""
+    started = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_NTASKS": "2", "SLURM_PROCID": "1"}
+    started |= {"SLURM_NODELIST": "node[1-2]", "SLURM_LOCALID": "0", "SLURM_JOB_NAME": "job"}
+    started |= {"TORCHELASTIC_RUN_ID": "7", "WORLD_SIZE": "16", "RANK": "11", "LOCAL_RANK": "3"}
+    started |= {"MASTER_ADDR": "node1", "MASTER_PORT": "29500", "GROUP_RANK": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    environment = process_group._cluster_environment()
+    assert (environment.world_size(), environment.global_rank()) == (16, 11)
+    assert (environment.local_rank(), environment.main_address) == (3, "node1")
+    assert launcher.silent_exit_code(2) == 2  # torchrun ends the others by it
+
+
 SRUN = """#!/usr/bin/env bash
 # Starts two tasks as srun would on one machine; its first option is --kill-on-bad-exit=1: when one
 # leaves with a code that is not 0 the other is killed, and the highest code is that of all.

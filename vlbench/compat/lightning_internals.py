@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
     from lightning.pytorch import Trainer
+    from torch import Tensor
 
 
 def trainer_device(trainer: Trainer) -> torch.device:
@@ -41,6 +42,49 @@ def set_autocast_context(
     """
     plugin: Any = trainer.precision_plugin
     plugin.autocast_context_manager = make_context
+
+
+def is_ddp_trainer(trainer: Trainer) -> bool:
+    """Tell whether a running Trainer exchanges gradients by DDP, the class of `strategy.model`.
+
+    If the attribute moves, gradients of several micro-batches take twice the memory.
+    """
+    from torch.nn.parallel import DistributedDataParallel
+
+    return isinstance(trainer.strategy.model, DistributedDataParallel)
+
+
+def exchange_gradients(trainer: Trainer, loss: Tensor) -> None:
+    """Compute the gradients of a loss and exchange them, outside of a step: no hook is called.
+
+    `strategy.pre_backward` prepares DDP for it. If it changes, the first step of a stage fails.
+    """
+    import torch
+
+    trainer.strategy.pre_backward(loss)
+    torch.autograd.backward(loss)
+
+
+def leave_signals_alone(trainer: Trainer) -> None:
+    """Keep a Trainer from handling SIGTERM: its handler calls a collective operation at once.
+
+    The other processes are somewhere else, and in another one: all would wait forever.
+    `_signal_connector.register_signal_handlers` is replaced on the object. If it is renamed,
+    Lightning's handler is back while a stage trains.
+    """
+    trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]
+
+
+def detach_callbacks(trainer: Trainer) -> None:
+    """Let the callbacks of a Trainer forget the module that it has trained.
+
+    Lightning gives each of them the module's `log` and `log_dict`: one that is used again in the
+    next stage would hold the model of this one until then. If they get other names, a sharded model
+    stays in memory while the next one is loaded.
+    """
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        for name in ("log", "log_dict"):
+            vars(callback).pop(name, None)
 
 
 def without_gradient_sync(trainer: Trainer) -> AbstractContextManager[Any]:

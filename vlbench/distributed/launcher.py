@@ -41,8 +41,13 @@ def is_launched(environment: Mapping[str, str] = os.environ) -> bool:
 
 
 def is_slurm_task(environment: Mapping[str, str] = os.environ) -> bool:
-    """Tell whether srun has started this process, and others beside it."""
-    return int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
+    """Tell whether srun has started this process, and others beside it.
+
+    What torchrun has started is none of its tasks, although they share an environment: srun starts
+    torchrun on every machine, which starts the processes there and gives them their ranks.
+    """
+    is_of_torchrun = TORCHELASTIC_ENV in environment
+    return not is_of_torchrun and int(environment.get("SLURM_STEP_NUM_TASKS", "1")) > 1
 
 
 def exit_silently_on_ctrl_c() -> None:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable
 from typing import Any, cast
@@ -24,7 +23,7 @@ from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.stop_signals import handle_stop_signals
-from vlbench.train import checkpoint_files
+from vlbench.train import checkpoint_files, checkpoint_pruning
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.training_module import VLMTrainingModule
@@ -81,14 +80,6 @@ class GracefulStop(pl.Callback):
         self._terminal_descriptors = [number for number in (1, 2) if os.isatty(number)]
         self._restore_handlers = handle_stop_signals(self._on_signal)
         return self
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Take SIGTERM back from Lightning, whose handler calls a collective operation.
-
-        The other processes are in the middle of a step, in another one: all would wait forever.
-        """
-        if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, self._on_signal)
 
     def __exit__(self, *_: object) -> None:
         self._restore_handlers()
@@ -241,7 +232,7 @@ class CheckpointCallback(StageCallback):
         assert writer is not None
         writer.finish_writing()
         collectives.call_on_rank_zero(
-            lambda: checkpoint_files.prune_checkpoints(
+            lambda: checkpoint_pruning.prune_checkpoints(
                 self.run.checkpoints_folder, self.keep_last_checkpoints
             )
         )

@@ -62,6 +62,7 @@ from vlbench.train.optimizer_state import named_optimizer_state
 RELEASE_FOLDER = "release"
 ADAPTERS_FOLDER = "adapters"
 OPTIMIZER_FOLDER = "optimizer"
+WRITING_PREFIX = ".writing-"  # of the folder of a checkpoint that is not complete
 HOST_MEMORY_SHARE = 0.5
 """Share of a machine's free memory that copies may take until they are written."""
 CHECKPOINT_NAME = re.compile(r"(\d+)-([A-Za-z0-9_]+)-(\d{6,})")
@@ -138,7 +139,7 @@ class CheckpointWriter:
             recipe_file: The recipe of the run, which is copied, as the connector's source is.
         """
         self.final_path = folder / position.folder_name
-        self.temp_path = folder / f".writing-{position.folder_name}"
+        self.temp_path = folder / f"{WRITING_PREFIX}{position.folder_name}"
         self._writer: BackgroundWriter | None = None
         tensors = {self.temp_path: dict(named_part_weights(vlm.model, parts))}
         if optimizer is not None:
@@ -351,27 +352,3 @@ def read_optimizer_state(path: Path) -> Mapping[str, Tensor]:
             f"{folder} {reason}, so the run cannot go on as if it had not stopped; begin a new one "
             f"with {shlex.quote(f'init={path}')}, or remove {path} to go on from the one before it"
         ) from error
-
-
-def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
-    """Remove all but the last `keep_last_checkpoints` and the best of the newest stage.
-
-    The best has the lowest held-out loss. The newest checkpoint of an earlier stage stays, without
-    its optimizer.
-    """
-    positions = list_positions(folder)
-    if not positions:
-        return
-    open_stage = positions[-1].stage
-    newest = {position.stage: position for position in positions}
-    kept = [*positions[-keep_last_checkpoints:], *newest.values()]
-    evaluated = [p for p in positions if p.loss is not None and p.stage == open_stage]
-    if evaluated:
-        kept.append(min(evaluated, key=lambda position: position.loss or 0.0))
-    kept_names = {position.folder_name for position in kept}
-    for position in positions:
-        path = folder / position.folder_name
-        if position.folder_name not in kept_names:
-            shutil.rmtree(path)
-        elif position.stage < open_stage and (path / OPTIMIZER_FOLDER).exists():
-            shutil.rmtree(path / OPTIMIZER_FOLDER)

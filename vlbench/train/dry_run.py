@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -93,7 +94,7 @@ def measure_stages(
     collectives.call_on_rank_zero(lambda: check_data(stage_runs))
     check_stage_shapes(model, stage_runs)
     user_callbacks = build_user_callbacks(runner.trainer_config.callbacks)
-    vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
+    vlm, _ = build_or_resume_model(model, stage_runs, runner.is_sharded)
     run_report.show_weight_origins(vlm.weight_origins, runner.seed)
     run_report.show_inputs(vlm.processor)
     for stage_run in stage_runs:
@@ -122,15 +123,18 @@ def measure_stages(
             )
         bad_samples = clock.bad_samples + [bad for plan in plans for bad in plan.bad_samples]
         _check_not_empty(stage_run.name, len(plans), module.seen["samples"], bad_samples)
+        loss = module.report.loss
         if runner.is_sharded:  # unsharded again, as the next stage needs it
-            vlm, _ = build_or_resume_model(model, stage_runs, None, runner.is_sharded)
+            del vlm, module
+            gc.collect()  # shards are in cycles, and would stay on the GPU
+            vlm, _ = build_or_resume_model(model, stage_runs, runner.is_sharded)
         yield StageMeasurement(
             stage_run.name,
             stage_run.total_steps,
             longest.token_count,
             len(longest.rows),
             tried_share,
-            module.report.loss,
+            loss,
             (clock.end_times[-1] - clock.end_times[0]) / (len(tried) - 1) / tried_share,
             peak_memory(),
             _sum_plans(plans),

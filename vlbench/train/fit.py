@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import time
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as pl
@@ -114,9 +116,15 @@ class RunTraining:
     def train_stages(self) -> LoadedVLM | None:
         """Train the stages that are left; return the model, or None if training was stopped."""
         try:
+            # all take the one that the first process sees: others may see the folder as it was
+            latest = collectives.call_on_rank_zero(lambda: self.run.latest_position)
             vlm, position = collectives.call_on_all_ranks(
                 lambda: build_or_resume_model(
-                    self.model_config, self.stage_runs, self.run, self.stage_runner.is_sharded
+                    self.model_config,
+                    self.stage_runs,
+                    self.stage_runner.is_sharded,
+                    self.run.checkpoint_path(latest) if latest else None,
+                    latest,
                 )
             )
             collectives.call_on_rank_zero(
@@ -135,16 +143,19 @@ class RunTraining:
                 self.train_stage(vlm, stage_run, steps_done)
             if self.graceful_stop.sync_stop_request()[0]:
                 return None
-            if steps_done < stage_run.total_steps and self.stage_runner.is_sharded:
-                # unsharded again, as the next stage needs it
-                vlm = collectives.call_on_all_ranks(self.load_newest_model)
+            if steps_done < stage_run.total_steps and collectives.is_distributed():
+                if self.stage_runner.is_sharded:
+                    del vlm
+                gc.collect()  # shards and DDP's buckets are in cycles, and would stay on the GPU
+                if self.stage_runner.is_sharded:  # unsharded again, as the next stage needs it
+                    vlm = collectives.call_on_all_ranks(partial(self.load_stage_end, stage_run))
         return vlm
 
-    def load_newest_model(self) -> LoadedVLM:
-        """Return the model of the newest checkpoint."""
-        assert self.run.latest_position is not None
+    def load_stage_end(self, stage_run: StageRun) -> LoadedVLM:
+        """Return the model of the last checkpoint of a stage."""
+        position = RunPosition(stage_run.stage_index, stage_run.name, stage_run.total_steps)
         return load_checkpoint(
-            self.run.checkpoint_path(self.run.latest_position),
+            self.run.checkpoint_path(position),
             self.model_config,
             mmap_language=self.stage_runner.is_sharded,
         )
@@ -318,17 +329,29 @@ class RunTraining:
 
 
 def build_or_resume_model(
-    config: ModelConfig, stage_runs: list[StageRun], run: RunFolder | None, is_sharded: bool
+    config: ModelConfig,
+    stage_runs: list[StageRun],
+    is_sharded: bool,
+    checkpoint: Path | None = None,
+    latest: RunPosition | None = None,
 ) -> tuple[LoadedVLM, RunPosition]:
-    """Build the model where training begins or goes on, with the newest weights of the run."""
+    """Build the model where training begins or goes on, and return it with its position.
+
+    Args:
+        config: What the model is built from.
+        stage_runs: The stages, in order.
+        is_sharded: Whether the language model stays in its files until it is sharded.
+        checkpoint: The checkpoint to go on from; None: training begins.
+        latest: Its position.
+    """
     stages = {stage_run.name: stage_run.stage for stage_run in stage_runs}
     check_four_bit_stages(config, stages, is_sharded)
-    latest = run.latest_position if run else None
     position = latest or RunPosition(0, stage_runs[0].name, 0)
     stage = stage_runs[position.stage].stage
-    if run and latest:
-        vlm = load_checkpoint(run.checkpoint_path(latest), config, mmap_language=is_sharded)
-        print(f"resuming {run.folder} after step {latest.step} of {latest.name}")
+    if checkpoint:
+        vlm = load_checkpoint(checkpoint, config, mmap_language=is_sharded)
+        run = checkpoint.parents[1]
+        print(f"resuming {run} after step {position.step} of {position.name}")
     elif config.init:
         vlm = build_from_init(config, stage, is_sharded)
     else:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import contextlib
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 
-from vlbench.compat.lightning_internals import without_gradient_sync
+from vlbench.compat.lightning_internals import exchange_gradients, without_gradient_sync
 from vlbench.model.fsdp_wrapping import defer_gradient_reduction
 from vlbench.model.vlm import VLM
 
@@ -54,3 +55,33 @@ def defer_gradient_sync(
     if isinstance(vlm, FSDPModule):
         return defer_gradient_reduction(vlm, keep_whole=reduces_once)
     return without_gradient_sync(trainer)
+
+
+def put_gradients_into_buckets(trainer: pl.Trainer, vlm: VLM) -> None:
+    """Give every trained parameter a gradient of zeros that lies in DDP's buckets.
+
+    DDP puts a gradient there when it exchanges it, and a micro-batch whose gradients are only added
+    up would make others beside the buckets: 4 bytes more for every number that is trained. What is
+    there already is added to in place. The second pass is for the buckets that DDP makes after the
+    first one, in the order in which gradients came; here it is that of the model, backwards.
+    """
+    parts = (part for _, part in vlm.named_parts())
+    trained = [p for part in parts for p in part.parameters() if p.requires_grad]
+    zero = torch.zeros((), device=vlm.device)
+    for _ in range(2):
+        for parameter in trained:
+            parameter.grad = None
+        exchange_gradients(trainer, sum((parameter.sum() * 0 for parameter in trained), zero))
+
+
+@contextlib.contextmanager
+def without_gradients(parameters: Sequence[nn.Parameter]) -> Iterator[None]:
+    """Take gradients away until the end of `with`."""
+    gradients = [parameter.grad for parameter in parameters]
+    for parameter in parameters:
+        parameter.grad = None
+    try:
+        yield
+    finally:
+        for parameter, gradient in zip(parameters, gradients, strict=True):
+            parameter.grad = gradient

@@ -15,7 +15,11 @@ import torch
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 from lightning.pytorch.profilers import PyTorchProfiler
 
-from vlbench.compat.lightning_internals import set_autocast_context, trainer_device
+from vlbench.compat.lightning_internals import (
+    leave_signals_alone,
+    set_autocast_context,
+    trainer_device,
+)
 from vlbench.compat.torch_internals import is_compiler_error
 from vlbench.config.schema import LoggingConfig, TrainerConfig
 from vlbench.config.stage_schema import StageConfig
@@ -59,6 +63,7 @@ def build_trainer(
             log_every_n_steps=1,
             use_distributed_sampler=False,
         )
+    leave_signals_alone(trainer)
     if precision == "bf16":
         device_type = trainer_device(trainer).type
         set_autocast_context(trainer, functools.partial(autocast_context, device_type, bf16=True))

@@ -28,7 +28,7 @@ from vlbench.model.weights.weight_origin import (
 from vlbench.strict_values import format_value
 from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.text_files import read_json, read_text, write_atomically
-from vlbench.train import checkpoint_files
+from vlbench.train import checkpoint_files, checkpoint_pruning
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_results_file import INFORMATION_FILE
 from vlbench.version import __version__
@@ -167,8 +167,7 @@ def open_run(recipe: Recipe, held_locks: contextlib.ExitStack) -> RunFolder:
             return run
         run.checkpoints_folder.mkdir(exist_ok=True)
         run.divergence_file.unlink(missing_ok=True)  # it is tried again
-        for unfinished in run.checkpoints_folder.glob(".writing-*"):
-            shutil.rmtree(unfinished)
+        checkpoint_pruning.remove_leftovers(run.checkpoints_folder)
         if not run.recipe_file.is_file():
             write_atomically(run.versions_file, json.dumps(collect_versions(), indent=1))
             if not kept_source.has_kept_source(folder):

@@ -13,7 +13,7 @@ import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.lightning_internals import detach_callbacks, trainer_device
 from vlbench.config.schema import Recipe, TrainerConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.core_sharing import share_cores
@@ -199,4 +199,5 @@ class StageRunner:
         compiled = CompiledBlocks(vlm, self.compiles_blocks)
         with compiled, explain_stage_errors(stage_name, stage), share_cores(self.device):
             trainer.fit(module, loader)
+        detach_callbacks(trainer)
         return module

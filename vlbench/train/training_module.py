@@ -11,10 +11,10 @@ from typing import Any, Self
 
 import lightning.pytorch as pl
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
-from vlbench.compat.lightning_internals import trainer_device
+from vlbench.compat.lightning_internals import is_ddp_trainer, trainer_device
 from vlbench.config.schema import TrainerConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector.base import Connector
@@ -30,8 +30,10 @@ from vlbench.model.vlm import VLM
 from vlbench.train.gradient_sync import (
     defer_gradient_sync,
     device_memory,
+    put_gradients_into_buckets,
     reduces_once_per_step,
     whole_gradient_bytes,
+    without_gradients,
 )
 from vlbench.train.lr_schedule import build_lr_scheduler
 from vlbench.train.optimizer_state import restore_optimizer_state
@@ -89,6 +91,8 @@ class VLMTrainingModule(pl.LightningModule):
         self.trainer_config = trainer_config or TrainerConfig()
         self.reduces_once = True
         """Whether a sharded model keeps whole gradients and reduces them once a step."""
+        self.keeps_gradients = False
+        """Whether gradients stay where they are between steps, set to zero: in DDP's buckets."""
         self.report = StepReport(steps_done)
         self.flops: StepFlops | None = None
         self.data_wait_seconds = 0.0
@@ -148,7 +152,10 @@ class VLMTrainingModule(pl.LightningModule):
             self.optimizer_state = None
 
     def on_train_start(self) -> None:
-        """Start the clock of data waiting."""
+        """Let gradients lie in DDP's buckets from the first step on; start the clock of waiting."""
+        self.keeps_gradients = is_ddp_trainer(self.trainer)
+        if self.keeps_gradients:
+            put_gradients_into_buckets(self.trainer, self.vlm)
         self._idle_since = time.monotonic()
 
     def on_train_batch_start(self, batch: OptimizerStep, batch_idx: int) -> None:
@@ -185,7 +192,7 @@ class VLMTrainingModule(pl.LightningModule):
             step.load_micro_batches()
             self.data_wait_seconds += time.monotonic() - started
         counts = sync_step(step)
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not self.keeps_gradients)
         report = StepReport(
             self.steps_done, lr=max(group["lr"] for group in optimizer.param_groups)
         )
@@ -195,7 +202,7 @@ class VLMTrainingModule(pl.LightningModule):
         if report.supervised_tokens:
             self._clip_and_update(optimizer, report)
         else:
-            optimizer.step()  # all samples were bad: the step counts, no weight changes
+            self._pass_over_update(optimizer)  # all samples were bad
         scheduler: Any = self.lr_schedulers()
         scheduler.step()
         self.steps_done += 1
@@ -254,7 +261,8 @@ class VLMTrainingModule(pl.LightningModule):
                 self.manual_backward(loss * world_size)  # DDP and FSDP average over ranks
             loss_sum = loss_sum + lm_loss.detach()
         self._count_lost_samples(step, known_bad_samples, report, optimizer)
-        report.extra = {name: all_reduce_sum(float(value)) for name, value in extra.items()}
+        # by the names that all processes agreed on: one may have no loss of a name
+        report.extra = {name: all_reduce_sum(float(extra.get(name, 0))) for name in loss_counts}
         if self.stage.objective == "language":
             total = all_reduce_sum(float(loss_sum))
             report.loss = total / report.supervised_tokens if report.supervised_tokens else math.nan
@@ -275,12 +283,10 @@ class VLMTrainingModule(pl.LightningModule):
         planned_tokens = report.supervised_tokens
         report.count_step(counts)
         if not counts.supervised_tokens:
-            optimizer.zero_grad(set_to_none=True)
             return
-        for group in optimizer.param_groups:
-            for parameter in group["params"]:
-                if parameter.grad is not None:
-                    parameter.grad.mul_(planned_tokens / counts.supervised_tokens)
+        for parameter in _trained_parameters(optimizer):
+            if parameter.grad is not None:
+                parameter.grad.mul_(planned_tokens / counts.supervised_tokens)
 
     def _loss_counts(self, batches: Sequence[PackedBatch]) -> dict[str, int]:
         """Return the divisors of the connector's own losses that follow from the batches alone."""
@@ -321,16 +327,25 @@ class VLMTrainingModule(pl.LightningModule):
 
     def _clip_and_update(self, optimizer: Any, report: StepReport) -> None:
         """Clip gradients and update; if the loss or a gradient is not finite, change nothing."""
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
         max_norm = self.stage.grad_clip or math.inf
-        report.grad_norm = clip_gradients(trained, max_norm)
-        if not (math.isfinite(report.loss) and math.isfinite(report.grad_norm)):
+        report.grad_norm = clip_gradients(_trained_parameters(optimizer), max_norm)
+        if math.isfinite(report.loss) and math.isfinite(report.grad_norm):
+            optimizer.step()
+        else:
             report.skipped = True
-            optimizer.zero_grad(set_to_none=True)  # AdamW skips parameters without gradient
-        optimizer.step()
+            self._pass_over_update(optimizer)
+
+    def _pass_over_update(self, optimizer: Any) -> None:
+        """Count a step that changes no weight: AdamW passes over parameters without gradient."""
+        with without_gradients(_trained_parameters(optimizer)):
+            optimizer.step()
 
     def _defer_gradient_sync(self) -> AbstractContextManager[Any]:
         return defer_gradient_sync(self.trainer, self.vlm, self.reduces_once)
+
+
+def _trained_parameters(optimizer: Any) -> list[nn.Parameter]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
 
 
 class _LeftoverState(pl.Callback):
