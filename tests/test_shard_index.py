@@ -319,6 +319,14 @@ def test_names_that_are_not_utf8_are_read_and_can_be_printed(image_bytes, tmp_pa
         assert str(caught.value).encode()
 
 
+def test_two_stars_are_folders_of_any_depth(image_bytes, tmp_path):
+    for name in ("0.tar", "a/1.tar", "a/b/2.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, captioned(image_bytes, [name]))
+    shards = WebDatasetShards(tmp_path / "**/*.tar")
+    assert [shards[n].caption_text for n in range(len(shards))] == ["0.tar", "a/1.tar", "a/b/2.tar"]
+
+
 def test_a_pattern_with_half_of_its_braces_is_named(tmp_path):
     with pytest.raises(UserError, match="unbalanced braces"):
         WebDatasetShards(tmp_path / "{0..3.tar")
