@@ -179,6 +179,8 @@ def test_cells_of_images():
     )
     assert parse_image({"bytes": b"x", "path": "b.png"}, "r", ("a.png",)).file_name == "a.png"
     assert parse_image({"bytes": None, "path": "b.png"}, "r", ()) == RecordImage("r", "b.png", b"")
+    with pytest.raises(UserError, match="record r: image b.png: is named, and its file is missing"):
+        RecordImage("r", "b.png", b"").open()
 
 
 def test_the_revision_is_that_of_the_hub_or_of_the_contents(tmp_path):

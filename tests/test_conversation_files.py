@@ -106,6 +106,17 @@ BAD_RECORDS = {
     "more images": (record(image=["a.png", "b.png"]), "r1", "1 image tag .* but 2 images"),
     "image a number": (record(image=5), "r1", "'image' is a number"),
     "image empty": (record(image=""), "r1", "1 image tag in the text but 0 images"),
+    "a turn behind a system prompt": (
+        record(
+            conversations=[
+                {"from": "system", "value": "Be brief."},
+                {"from": "human", "value": "<image>"},
+                {"from": "human", "value": "Colour?"},
+            ]
+        ),
+        "r1",
+        "turn 3 is 'human' where 'assistant' is expected",
+    ),
     "missing image": (record(image="gone.png"), "r1", r"gone\.png: does not exist"),
 }
 

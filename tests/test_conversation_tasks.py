@@ -132,6 +132,13 @@ def test_mistakes_are_one_line(words, message, run, capsys):
     assert message in said and len(said.splitlines()) == 1
 
 
+def test_answers_that_are_null_are_none(data):
+    records = [{"answers": None, **record} for record in json.loads(data.read_text())]
+    data.write_text(json.dumps(records))
+    task = ConversationTask("llava_json", EvalArguments(model="run", data=str(data)))
+    assert [len(one.true_answers) for one in task.all_questions] == [1, 1, 1, 10]
+
+
 @pytest.mark.parametrize("answers", ["red", [], [1], [{"text": "red"}]])
 def test_answers_that_are_no_texts_are_named(answers, run, data, capsys):
     records = json.loads(data.read_text())

@@ -28,8 +28,8 @@ def write_plain(folder: Path) -> None:
 
 
 def write_subsets(folder: Path) -> None:
-    """Write a data set of two subsets, as The Cauldron has fifty."""
-    for number, name in enumerate(("ai2d", "vqav2")):
+    """Write a data set of three subsets, as The Cauldron has fifty; one as LLaVA-OneVision's."""
+    for number, name in enumerate(("ai2d", "vqav2", "chart2text(cauldron,llava_format)")):
         write_rows(folder / name / "train-00000-of-00001.parquet", [row(10 * number + 1)])
 
 
@@ -64,11 +64,12 @@ def test_the_train_split_is_fetched_and_read_and_is_there_offline(hub, monkeypat
 def test_a_subset_is_named_behind_the_data_set(hub):
     assert ids(f"{SUBSETS}/vqav2") == ["11"]
     assert hub.fetched() == {SUBSETS: {"vqav2/train-00000-of-00001.parquet"}}
+    assert ids(f"{SUBSETS}/chart2text(cauldron,llava_format):train") == ["21"]
 
 
 MISTAKES = {
-    SUBSETS: r"has 2 subsets; name one, as HuggingFaceM4/the_cauldron/ai2d: ai2d, vqav2",
-    f"{SUBSETS}/vqa2": r"no Parquet files in vqa2; it has ai2d, vqav2\. Did you mean 'vqav2'\?",
+    SUBSETS: r"has 3 subsets; name one, as HuggingFaceM4/the_cauldron/ai2d: ai2d, chart2text",
+    f"{SUBSETS}/vqa2": r"no Parquet files in vqa2; it has .*, vqav2\. Did you mean 'vqav2'\?",
     f"{PLAIN}:test": r"no split 'test'; it has train, validation, of which someone/pets:SPLIT",
     "someone/dogs": r"there is no such file or folder, and no such data set on the hub",
 }

@@ -118,6 +118,22 @@ def test_a_large_row_group_is_read_in_parts(folder, monkeypatch, block_bytes):
     assert [records.read_record(n)["id"] for n in range(ROWS)] == list(map(str, range(ROWS)))
 
 
+def test_many_sources_take_no_more_memory_than_a_few(tmp_path, monkeypatch):
+    for number in range(6):
+        rows = [row(one) for one in range(5 * number + 1, 5 * number + 5)]
+        write_rows(tmp_path / f"{number}.parquet", rows)
+    sources = [ConversationFiles(tmp_path / f"{number}.parquet") for number in range(6)]
+    recent = parquet_records.recent_blocks
+    recent._blocks.clear()
+    sources[0][0].images[0].open()
+    most = 3 * recent.held_bytes
+    monkeypatch.setattr(parquet_records, "CACHE_BYTES", most)
+    for turn in range(4):  # in turn, as a mixture takes them
+        for source in sources:
+            assert source[turn].images[0].open().size == (6, 5)
+            assert 0 < recent.held_bytes <= most
+
+
 def test_a_pass_takes_every_row_once_and_few_blocks_at_a_time(folder):
     source = ConversationFiles(folder)
     order = source.pass_order("0")

@@ -141,10 +141,11 @@ def test_the_records_of_shards_are_looked_at_before_the_first_step(folder, capsy
     with pytest.raises(UserError, match="its shard has no image no.jpg"):
         stage_plan.check_data(plan(recipes.load_recipe([*words, "data.on_bad_sample=stop"])))
     source = plan(recipes.load_recipe(words))[0].data.sources[0]
-    for missing, bad in ((2, 3), (0, 53)):  # of the first 100 samples none, and 50
+    for missing, bad in ((2, 2), (0, 52)):  # of the first 100 samples none, and 50
         (folder / f"{missing}.tar").unlink()
         report = inspect_source(source, max_inspected_samples=100)
         assert (report.inspected_samples, report.bad_sample_count) == (100, bad)
+        assert any(f"{missing}.tar: does not exist" in one.reason for one in report.bad_samples)
 
 
 @pytest.mark.parametrize("members", [{"0.png": b"?"}, {"0.png": b"", "0.txt": b"red"}])

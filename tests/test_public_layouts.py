@@ -218,6 +218,16 @@ COLUMNS: dict[str, tuple[dict[str, Any], list[str] | str]] = {
         )
         for kind in (pa.timestamp("ns"), pa.timestamp("ns", "UTC"), pa.duration("ns"))
     },
+    "nanoseconds inside of a mapping": (
+        {
+            "image": [picture()],
+            "caption": ["A"],
+            "metadata": pa.array(
+                [{"made": [123456789123]}], pa.struct([("made", pa.list_(pa.timestamp("ns")))])
+            ),
+        },
+        [P, "A"],
+    ),
     "a day that no calendar has": (
         {"image": [picture()], "caption": ["A"], "when": pa.array([1 << 30], pa.date32())},
         "column 'when' cannot be read",

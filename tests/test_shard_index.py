@@ -7,6 +7,7 @@ import io
 import json
 import os
 import tarfile
+import tracemalloc
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -185,9 +186,22 @@ def test_a_truncated_or_older_index_is_made_anew(truncate, image_bytes, tmp_path
 def test_many_that_index_at_once_agree_and_leave_nothing(image_bytes, tmp_path):
     tar = write(tmp_path / "x.tar", captioned(image_bytes, SIX * 20))
     with ThreadPoolExecutor(8) as pool:
-        found = list(pool.map(lambda _: load_shard_index(str(tar)).entries, range(24)))
+        found = list(pool.map(lambda _: list(load_shard_index(str(tar)).entries), range(24)))
     assert all(one == found[0] for one in found) and len(found[0]) == 120
     assert sorted(file.name for file in tmp_path.iterdir()) == ["x.tar", "x.tar.index"]
+
+
+def test_an_index_takes_little_memory(image_bytes, tmp_path):
+    tar, count = tmp_path / "a.tar", 500
+    write(tar, captioned(image_bytes, ["thing"] * count))
+    load_shard_index(str(tar))
+    tracemalloc.start()
+    scan = load_shard_index(str(tar))
+    taken = tracemalloc.get_traced_memory()[0]
+    tracemalloc.stop()
+    assert len(scan) == count and taken < 200 * count  # 64 of 10,000 samples are kept in a process
+    assert [entry.key for entry in scan.entries[:2]] == ["0", "1"]
+    assert set(scan.entries[count - 1].members) == {"jpg", "txt"}
 
 
 def test_an_index_that_cannot_be_kept_is_no_trouble(image_bytes, tmp_path):
@@ -317,6 +331,14 @@ def test_names_that_are_not_utf8_are_read_and_can_be_printed(image_bytes, tmp_pa
         with pytest.raises(UserError, match="is empty") as caught:
             sample.images[0].open()
         assert str(caught.value).encode()
+
+
+def test_two_stars_are_folders_of_any_depth(image_bytes, tmp_path):
+    for name in ("0.tar", "a/1.tar", "a/b/2.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        write(tmp_path / name, captioned(image_bytes, [name]))
+    shards = WebDatasetShards(tmp_path / "**/*.tar")
+    assert [shards[n].caption_text for n in range(len(shards))] == ["0.tar", "a/1.tar", "a/b/2.tar"]
 
 
 def test_a_pattern_with_half_of_its_braces_is_named(tmp_path):

@@ -236,6 +236,38 @@ def test_a_disk_that_fails_for_a_while_loses_no_shard(packed, tmp_path, monkeypa
     assert source[first].images  # the next sample of the shard tries anew
 
 
+def test_a_shard_that_cannot_be_opened_for_a_while_is_not_lost(packed, tmp_path, monkeypatch):
+    source = WebDatasetShards(broken(packed, tmp_path / "busy"))
+    failures, open_file = [OSError(5, "Input/output error")] * 3, shards_module.open_regular
+
+    def fail_at_first(path, *limits):
+        if failures:
+            raise failures.pop()
+        return open_file(path, *limits)
+
+    monkeypatch.setattr(shards_module, "open_regular", fail_at_first)
+    with pytest.raises(BadSample, match="cannot be opened in 3 tries"):
+        source[0]
+    assert source[0].id == "sample-0" and not bad(source)  # the next one tries anew
+
+
+def test_a_server_that_fails_for_a_while_loses_no_shard(monkeypatch):
+    failures: list[Exception] = [TimeoutError()] * 3
+
+    def fail_at_first(url, *_):
+        if failures:
+            raise UserError(f"{url}: cannot be read") from failures.pop()
+        if "gone" in url:
+            raise UserError(f"{url}: does not exist") from FileNotFoundError()
+        return b"x"
+
+    monkeypatch.setattr(shards_module, "read_byte_range", fail_at_first)
+    with pytest.raises(UserError, match="cannot be read"):
+        shards_module._open_failure("memory://busy.tar")
+    assert shards_module._open_failure("memory://busy.tar") == ""
+    assert "does not exist" in shards_module._open_failure("memory://gone.tar")
+
+
 def test_a_shard_that_comes_late_is_read(packed, tmp_path, monkeypatch):
     folder = broken(packed, tmp_path / "late")
     hidden = (folder / "000000.tar").rename(folder / "hidden")

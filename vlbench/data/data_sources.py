@@ -10,6 +10,7 @@ from vlbench.config.stage_schema import StageData
 from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.large_scene_dataset import LargeSceneCaptions, LargeSceneConversations
+from vlbench.data.parquet_files import iterate_parquet_files
 from vlbench.data.remote_shards import is_url
 from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
@@ -122,7 +123,7 @@ def _is_shards(path: str) -> bool:
     if is_url(path) or is_tar(path):
         return True
     is_listed = (folder / SHARD_LIST_FILE).exists()
-    return folder.is_dir() and (is_listed or next(folder.rglob("*.parquet"), None) is None)
+    return folder.is_dir() and (is_listed or next(iterate_parquet_files(folder), None) is None)
 
 
 def open_stage_mixture(

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from vlbench.config.recipe_files import data_files
 from vlbench.data.annotation_mapping import AnnotationMapping, read_mapping
+from vlbench.data.parquet_files import iterate_parquet_files
 from vlbench.errors import UserError, suggest_name
 
 MAPPING_LINE = re.compile(r"^records\s*:", re.MULTILINE)
@@ -76,7 +77,7 @@ def _find_mapping(name: str, rest: str) -> Path | None:
 def _is_split(name: str, rest: str) -> bool:
     """Tell whether NAME:REST is a folder of Parquet files here, and a split of them."""
     folder, is_named = Path(name), Path(rest).expanduser().is_dir()
-    return folder.is_dir() and not is_named and any(folder.rglob("*.parquet"))
+    return folder.is_dir() and not is_named and any(iterate_parquet_files(folder))
 
 
 def _separate_split(name: str, mapping: AnnotationMapping, path: Path) -> tuple[Path, str]:

@@ -6,9 +6,10 @@ Layouts are those that the `datasets` library loads: `data/train-00000-of-00004.
 
 from __future__ import annotations
 
+import os
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path, PurePath
 from typing import TypeVar
 
@@ -16,8 +17,8 @@ from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.hub_download import explain_hub_error
 from vlbench.text_files import read_text
 
-HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[\w./-]*)?(:[\w.-]+)?")
-"""OWNER/NAME, OWNER/NAME/SUBSET, and either with :SPLIT."""
+HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[^:]*)?(:[\w.-]+)?")
+"""OWNER/NAME, OWNER/NAME/SUBSET as LLaVA-OneVision's `ai2d(gpt4v)`, and either with :SPLIT."""
 FILE_NAME = re.compile(r".*\.(jsonl?|ndjson|csv|tsv|txt|parquet|arrow|tar|gz|zip|ya?ml)", re.I)
 """Names of files, which are no names on the hub."""
 NUMBERED_NAME = re.compile(r"(.+?)-(\d+)-of-(\d+).*\.parquet")
@@ -34,6 +35,7 @@ SPLIT_WORDS = {
 """Words in names of files and folders that tell a split, and its name."""
 DEFAULT_SPLIT = "train"
 MAX_NAMED_FILES = 5  # in an error
+LOST_AND_FOUND = "lost+found"  # which file systems make, and nobody else may read
 
 PathT = TypeVar("PathT", Path, PurePath)
 
@@ -54,14 +56,43 @@ def find_parquet_files(location: str) -> list[Path]:
     folder, split = _separate_split(location)
     if not folder.is_dir():
         return _download_split(location) if is_hub_name(location) else []
-    files = sorted(file for file in folder.rglob("*.parquet") if file.is_file())
-    files = [file for file in files if not any(map(_is_hidden, file.relative_to(folder).parts))]
+    files = sorted(iterate_parquet_files(folder))
     if not files:
         return []
     chosen = choose_split(location, [file.relative_to(folder) for file in files], split)
     paths = [folder / file for file in chosen]
+    if paths[0].with_suffix(".tar").is_file():
+        raise UserError(
+            "its Parquet files stand beside tar files of the same names, as img2dataset writes "
+            f"them: give {paths[0].parent}/*.tar"
+        )
     refuse_missing_files(paths)
     return paths
+
+
+def iterate_parquet_files(folder: Path) -> Iterator[Path]:
+    """Yield the Parquet files below a folder, in no order; links are followed.
+
+    A folder that several paths lead to is read once; hidden files and folders are passed over.
+    Raises a UserError for a folder that may not be read, and for a link to nothing.
+    """
+    seen = set()
+    for place, folders, files in os.walk(folder, onerror=_refuse_folder, followlinks=True):
+        real_place = os.path.realpath(place)
+        if real_place in seen:
+            folders.clear()
+            continue
+        seen.add(real_place)
+        folders[:] = [n for n in sorted(folders) if not _is_hidden(n) and n != LOST_AND_FOUND]
+        for name in files:
+            if name.endswith(".parquet") and not _is_hidden(name):
+                if not Path(place, name).exists():
+                    raise UserError(f"{Path(place, name)} is a link to nothing")
+                yield Path(place, name)
+
+
+def _refuse_folder(error: OSError) -> None:
+    raise UserError(f"{error.filename}: cannot be read ({error.strerror})") from error
 
 
 def _separate_split(location: str) -> tuple[Path, str]:
@@ -116,26 +147,53 @@ def _splitless_error(location: str, splits: Mapping[str, list[PathT]], wanted: s
 
 
 def _split_of(file: PurePath) -> str:
-    """Return the split that a file belongs to, "" where its path tells none."""
+    """Return the split that a file belongs to, "" where its path tells none.
+
+    A number tells the rest of a name to be a split (`train_sft-00000-of-00002`), unless that is
+    another word and a folder tells one (`train/part-00000-of-00002`).
+    """
     numbered = NUMBERED_NAME.fullmatch(file.name)
-    if numbered:
+    if numbered and _split_words(numbered[1]):
         return numbered[1]
     for part in (file.stem, *reversed(file.parts[:-1])):
-        for word in re.split(r"[\W_\d]+", part.lower()):
-            if word in SPLIT_WORDS:
-                return SPLIT_WORDS[word]
-    return ""
+        if words := _split_words(part):
+            return words[0]
+    return numbered[1] if numbered else ""
+
+
+def _split_words(name: str) -> list[str]:
+    """Return the splits that the words of a name tell."""
+    words = re.split(r"[\W_\d]+", name.lower())
+    return [SPLIT_WORDS[word] for word in words if word in SPLIT_WORDS]
 
 
 def refuse_missing_files(files: Sequence[Path]) -> None:
-    """Raise a UserError when one of several files of a split, NAME-00000-of-00004, is missing."""
-    present: dict[tuple[Path, int], set[int]] = defaultdict(set)
+    """Raise a UserError when one of several files of a split, NAME-00000-of-00004, is missing.
+
+    Also where one is there twice, or NAME is there in several numbers of files: a split that was
+    written again, all samples of which would be read twice.
+    """
+    present: dict[tuple[Path, str], dict[int, dict[int, Path]]] = defaultdict(
+        lambda: defaultdict(dict)
+    )
     for file in files:
         match = NUMBERED_NAME.fullmatch(file.name)
         if match:
-            present[file.parent, int(match[3])].add(int(match[2]))
-    for (folder, count), numbers in present.items():
-        missing = sorted(set(range(count)) - numbers)
+            same_count = present[file.parent, match[1]][int(match[3])]
+            other = same_count.setdefault(int(match[2]), file)
+            if other is not file:
+                raise UserError(
+                    f"{file.parent}: {other.name} and {file.name} are the same part of a split, "
+                    "written twice; remove one"
+                )
+    for (folder, name), by_count in present.items():
+        if len(by_count) > 1:
+            counts = " and ".join(f"{name}-*-of-{count:05d}" for count in sorted(by_count))
+            raise UserError(
+                f"{folder}: has {counts}, a split that was written twice; remove the files of one"
+            )
+        [(count, numbers)] = by_count.items()
+        missing = sorted(set(range(count)) - numbers.keys())
         if missing:
             names = ", ".join(f"{number:05d}-of-{count:05d}" for number in missing[:5])
             raise UserError(f"{folder}: of {count} files {len(missing)} are missing: {names}")

@@ -1,8 +1,9 @@
 """Rows of Parquet files as records, read block by block: a block is a row group, or a part of one.
 
 A row is reached by its number, so that the order of training is a function of (seed, position); the
-order is one that stays in a few blocks for a while (`pass_order`), which are kept in memory. Where
-images are mappings of `bytes` and `path`, a plan of texts reads the paths alone.
+order is one that stays in a few blocks for a while (`pass_order`), which are kept in memory: of all
+sources of a process CACHE_BYTES at most. Where images are mappings of `bytes` and `path`, a plan of
+texts reads the paths alone.
 """
 
 from __future__ import annotations
@@ -29,7 +30,8 @@ if TYPE_CHECKING:
 BLOCK_BYTES = 1 << 25  # 34 MB, uncompressed: what of a row group is read at once
 MAX_BLOCK_ROWS = 4096
 BLOCK_LANES, WINDOW_BLOCKS = 4, 2  # an order reads 8 blocks alternately
-CACHED_BLOCKS = BLOCK_LANES * WINDOW_BLOCKS + 2
+CACHED_BLOCKS = 2 * (BLOCK_LANES * WINDOW_BLOCKS + 2)  # of a source, with and without images
+CACHE_BYTES = 1 << 31  # 2.1 GB, of all sources: The Cauldron has fifty, of 300 MB each
 LIST_NAMES = ("list", "element", "item", "bag", "array", "array_element")
 """Names in a column's path that writers put between a list and what it holds."""
 
@@ -63,18 +65,6 @@ class ParquetRecords:
         self.block_counts: Sequence[int] = [block.row_count for block in self.blocks]
         self._block_ends = np.cumsum(self.block_counts)
         self._pass_orders = RecentOrders[ShardShuffle]()
-        self._reset_cache()
-
-    def _reset_cache(self) -> None:
-        self._cache: OrderedDict[tuple[int, bool], _LoadedBlock] = OrderedDict()
-        self._lock = threading.Lock()
-
-    def __getstate__(self) -> dict[str, Any]:
-        return {key: value for key, value in vars(self).items() if key not in ("_cache", "_lock")}
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        vars(self).update(state)
-        self._reset_cache()
 
     def __len__(self) -> int:
         return int(self._block_ends[-1])
@@ -110,18 +100,7 @@ class ParquetRecords:
         """Return row `index` (from 0) as a mapping; images may have OMITTED_BYTES without them."""
         number = self._block_number(index)
         row = index - (int(self._block_ends[number - 1]) if number else 0)
-        return self._load_block(number, with_images).read_row(row)
-
-    def _load_block(self, number: int, with_images: bool) -> _LoadedBlock:
-        """Return a block, from memory where it was read lately."""
-        key = (number, with_images)
-        with self._lock:  # threads of `check` read alternately
-            if key not in self._cache:
-                self._cache[key] = _read_block(self.blocks[number], with_images)
-                if len(self._cache) > 2 * CACHED_BLOCKS:
-                    self._cache.popitem(last=False)
-            self._cache.move_to_end(key)
-            return self._cache[key]
+        return recent_blocks.load(self.name, self.blocks[number], with_images).read_row(row)
 
 
 @dataclass(frozen=True)
@@ -136,6 +115,41 @@ class _LoadedBlock:
         for names in self.omitted:
             _mark_omitted(record, names)
         return record
+
+
+class RecentBlocks:
+    """The blocks that a process has read lately, of all sources."""
+
+    def __init__(self) -> None:
+        """Begin without any."""
+        self._blocks: OrderedDict[tuple[str, RowBlock, bool], _LoadedBlock] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def held_bytes(self) -> int:
+        """The memory that they take."""
+        return sum(block.table.nbytes for block in self._blocks.values())
+
+    def load(self, source: str, block: RowBlock, with_images: bool) -> _LoadedBlock:
+        """Return a block of a source, from memory where it was read lately."""
+        key = (source, block, with_images)
+        with self._lock:  # threads of `check` read alternately
+            if key not in self._blocks:
+                self._blocks[key] = _read_block(block, with_images)
+                self._drop_oldest(source)
+            self._blocks.move_to_end(key)
+            return self._blocks[key]
+
+    def _drop_oldest(self, source: str) -> None:
+        """Keep to CACHED_BLOCKS of a source and to CACHE_BYTES; what was read last stays."""
+        of_source = [key for key in self._blocks if key[0] == source]
+        for key in of_source[:-CACHED_BLOCKS]:
+            del self._blocks[key]
+        while len(self._blocks) > 1 and self.held_bytes > CACHE_BYTES:
+            self._blocks.popitem(last=False)
+
+
+recent_blocks = RecentBlocks()
 
 
 def _read_values(row: Table) -> dict[str, Any]:
@@ -153,16 +167,29 @@ def _read_values(row: Table) -> dict[str, Any]:
 
 def _in_microseconds(table: Table) -> Table:
     """Return a table whose times have no nanoseconds, which Python has not: they are metadata."""
-    import pyarrow as arrow
-
     for number, field in enumerate(table.schema):
-        if getattr(field.type, "unit", "") == "ns":
-            kinds = {"duration": arrow.duration("us"), "time64": arrow.time64("us")}
-            name = str(field.type).partition("[")[0]
-            kind = kinds.get(name) or arrow.timestamp("us", field.type.tz)
+        kind = _microsecond_type(field.type)
+        if kind != field.type:
             column = table.column(number).cast(kind, safe=False)
             table = table.set_column(number, field.name, column)
     return table
+
+
+def _microsecond_type(kind: DataType) -> DataType:
+    """Return a type with microseconds in place of nanoseconds, inside of lists and mappings too."""
+    import pyarrow as arrow
+    import pyarrow.types as kinds
+
+    if kinds.is_struct(kind):
+        inner = map(kind.field, range(kind.num_fields))
+        return arrow.struct([one.with_type(_microsecond_type(one.type)) for one in inner])
+    if kinds.is_list(kind):
+        return arrow.list_(kind.value_field.with_type(_microsecond_type(kind.value_type)))
+    if getattr(kind, "unit", "") != "ns":
+        return kind
+    others = {"duration": arrow.duration("us"), "time64": arrow.time64("us")}
+    name = str(kind).partition("[")[0]
+    return others.get(name) or arrow.timestamp("us", kind.tz)
 
 
 def _mark_omitted(value: Any, names: list[str]) -> None:

@@ -48,13 +48,17 @@ class PreflightReport:
     """The result of checking one source."""
 
     bad_samples: list[BadSample]
-    """Samples that cannot be used, each with its first fault; of a missing shard only the first."""
+    """Samples that cannot be used, each with its first fault; of a missing shard only the first.
+
+    Shards that are missing or truncated are named, also where none of their samples is inspected.
+    """
     sample_count: int
     """Samples of the source."""
     inspected_samples: int
     """How many of them were inspected."""
     further_bad_samples: int = 0
-    """How many samples are bad beside `bad_samples`."""
+    """How many of the inspected samples are bad beside `bad_samples`; negative where some of these
+    are not among them."""
     unread_key_counts: Counter[str] = field(default_factory=Counter)
     """Number of well-formed samples that have a key which is not read."""
     untagged_samples: int = 0
@@ -64,8 +68,8 @@ class PreflightReport:
 
     @property
     def bad_sample_count(self) -> int:
-        """Number of samples that cannot be used."""
-        return len(self.bad_samples) + self.further_bad_samples
+        """Number of inspected samples that cannot be used, at least 1 where any is known."""
+        return max(min(1, len(self.bad_samples)), len(self.bad_samples) + self.further_bad_samples)
 
     @property
     def inspected_words(self) -> str:
@@ -198,7 +202,13 @@ def _inspect_shard_files(
     Returns:
         Those of `indices` that can be read.
     """
-    report.bad_samples += shards.truncated_samples()
+    has_record = getattr(source, "has_record", None)  # of a part of the samples
+    truncated = [
+        bad
+        for bad in shards.truncated_samples()
+        if has_record is None or has_record(bad.record_number)
+    ]
+    report.bad_samples += truncated
     used_counts = getattr(source, "block_counts", shards.sample_counts)
     missing = {
         number
@@ -212,8 +222,10 @@ def _inspect_shard_files(
         tar, first_record = shards.tars[number], first_records[number]
         bad = BadSample(f"{os.path.basename(tar)} 0", f"{tar}: does not exist")
         report.bad_samples.append(bad.with_origin(source.name, first_record))
-        report.further_bad_samples += max(0, inspected[number] - 1)
+        report.further_bad_samples += inspected[number] - 1
     known = {bad.record_number for bad in report.bad_samples}
+    looked_at = {record_number(source, index) for index in indices}
+    report.further_bad_samples -= sum(bad.record_number not in looked_at for bad in truncated)
     return [
         index
         for index, number in shard_numbers.items()

@@ -150,19 +150,20 @@ def check_turns(sample: Sample) -> None:
         except UnicodeEncodeError as error:
             where = f"turn {number}: character {error.start + 1}"
             raise BadSample(sample.id, f"{where} is half a character, not UTF-8 text") from error
-    if turns and turns[0].role == "system":
-        turns = turns[1:]
-    if not turns:
+    first = int(bool(turns) and turns[0].role == "system")
+    if not turns[first:]:
         raise BadSample(sample.id, "the conversation is empty")
-    _check_alternation(sample.id, turns)
+    _check_alternation(sample.id, turns, first)
     _check_image_placeholders(sample)
 
 
-def _check_alternation(sample_id: str, turns: Sequence[ChatTurn]) -> None:
-    for number, turn in enumerate(turns):
+def _check_alternation(sample_id: str, turns: Sequence[ChatTurn], first: int) -> None:
+    """Check the turns from number `first` (from 0) on."""
+    for number, turn in enumerate(turns[first:]):
         expected = ("human", "assistant")[number % 2]
         if turn.role != expected:
-            where = "the conversation begins with" if number == 0 else f"turn {number + 1} is"
+            begins = "the conversation begins with"
+            where = f"turn {first + number + 1} is" if number else begins
             raise BadSample(
                 sample_id, f"{where} {turn.role!r} where {expected!r} is expected (turns alternate)"
             )

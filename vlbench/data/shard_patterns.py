@@ -19,10 +19,11 @@ COUNT_BOUND = 10**18  # where counting ends
 def expand_shard_pattern(pattern: str) -> list[str]:
     """Return the tar files of a pattern; a missing one is a UserError.
 
-    Those of a `*`, which is none in a URL, are in the order of their names.
+    Those of a `*`, which is none in a URL, are in the order of their names; `**` is folders of any
+    depth.
     """
     if "*" in pattern and not is_url(pattern):
-        tars = sorted(glob.glob(pattern))
+        tars = sorted(glob.glob(pattern, recursive=True))
         if not tars:
             raise UserError(f"data {pattern}: there is no such file")
         return tars

@@ -43,8 +43,8 @@ from vlbench.data.shard_index import (
     file_stamp,
     index_path,
     load_shard_index,
-    load_shard_summary,
 )
+from vlbench.data.shard_indexing import load_summaries
 from vlbench.data.shard_list import SHARD_LIST_FILE, is_tar, read_shard_list
 from vlbench.data.shard_patterns import expand_shard_pattern
 from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
@@ -159,10 +159,8 @@ class WebDatasetShards:
         tar = self.tars[shard]
         entry_index = index - (int(self._shard_ends[shard - 1]) if shard else 0)
         name = f"{Path(tar).name} {entry_index}"
-        problem = _open_failure(tar)
-        if problem:
-            raise BadSample(name, f"{tar}: {problem}")
         try:
+            _check_opens(tar)
             scan = _cached_index(tar, file_stamp(tar))
         except UserError as error:
             raise BadSample(name, str(error)) from error
@@ -180,8 +178,8 @@ class WebDatasetShards:
         """Return the tar files of a pattern and their numbers of samples; record their faults."""
         tars, counts = expand_shard_pattern(self.name), []
         left_out: Counter[str] = Counter()
-        for tar in tars:
-            count, left_out_of_tar, fault = load_shard_summary(tar)
+        for tar, summary in zip(tars, load_summaries(self.name, tars), strict=True):
+            count, left_out_of_tar, fault = summary
             counts.append(count)
             left_out += left_out_of_tar
             if fault:  # counts as one bad sample, the last
@@ -311,9 +309,21 @@ def _shorten_list(names: Collection[str]) -> str:
     return ", ".join(list(names)[:8]) + more
 
 
+def _check_opens(tar: str) -> None:
+    """Raise a UserError for a shard that cannot be opened."""
+    problem = _open_failure(tar)
+    if problem:
+        raise UserError(f"{tar}: {problem}")
+
+
 @functools.lru_cache(maxsize=1 << 16)
 def _open_failure(tar: str) -> str:
-    """Return why a shard cannot be opened after READ_TRIES attempts, "" if it can."""
+    """Return why a shard cannot be opened after READ_TRIES attempts, "" if it can.
+
+    One that is not there, may not be read or is no file is not tried again. Where a disk or a
+    server failed, the UserError is raised, and the next sample tries anew.
+    """
+    has_failed = False
     for attempt in range(READ_TRIES):
         try:
             if is_url(tar):
@@ -323,10 +333,14 @@ def _open_failure(tar: str) -> str:
                 return ""
         except OSError as error:
             problem = f"cannot be opened in {READ_TRIES} tries ({error.strerror})"
+            has_failed = not isinstance(error, FileNotFoundError | PermissionError)
         except UserError as error:
             problem = f"{str(error).removeprefix(f'{tar}: ')}, tried {READ_TRIES} times"
+            has_failed = is_url(tar) and not isinstance(error.__cause__, FileNotFoundError)
         if attempt < READ_TRIES - 1:
             time.sleep(RETRY_SECONDS)
+    if has_failed:
+        raise UserError(f"{tar}: {problem}")
     return problem
 
 
@@ -355,9 +369,7 @@ def read_member(tar: str, offset: int, size: int, header_crc: int | None = None)
 
 
 def _read_tar_range(tar: str, offset: int, size: int) -> bytes:
-    problem = _open_failure(tar)
-    if problem:
-        raise UserError(f"{tar}: {problem}")
+    _check_opens(tar)
     try:
         if is_url(tar):
             return read_byte_range(tar, offset, size)

@@ -86,17 +86,23 @@ class RecordImage:
         """A name by its content: several records may show the same image."""
         return hashlib.sha256(self.image_bytes).hexdigest()[:16]
 
+    def _require_bytes(self) -> bytes:
+        """Return the bytes of the file, or raise a UserError where the data have none."""
+        if not self.image_bytes:
+            raise UserError(f"{self.name}: is named, and its file is missing in the data, or empty")
+        return self.image_bytes
+
     def open(self) -> Image.Image:
         """Return the image in RGB, or raise a UserError that names record and file."""
-        return open_image_bytes(self.image_bytes, self.name)
+        return open_image_bytes(self._require_bytes(), self.name)
 
     def read_size(self, exif: bool) -> tuple[int, int]:
         """Return width and height in pixels from the header."""
-        return bytes_image_size(self.image_bytes, self.name, exif)
+        return bytes_image_size(self._require_bytes(), self.name, exif)
 
     def open_draft(self, side: int) -> Image.Image:
         """Return the image in RGB; a JPEG may be decoded smaller, its longest edge >= `side`."""
-        return open_image_bytes(self.image_bytes, self.name, side)
+        return open_image_bytes(self._require_bytes(), self.name, side)
 
 
 @dataclass(frozen=True)

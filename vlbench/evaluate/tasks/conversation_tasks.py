@@ -143,8 +143,8 @@ def _collect_human_answers(source: QuestionFile) -> HumanAnswers:
     for index in range(len(source)):
         try:
             record = source.read_record(index)
-            if not isinstance(record, dict) or "answers" not in record:
-                continue
+            if not isinstance(record, dict) or record.get("answers") is None:
+                continue  # null where only other rows of a Parquet file have it
             texts = _read_answers(record)
             if not texts:
                 name = record.get("id", f"record {index + 1}")
