@@ -56,6 +56,17 @@ def lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
+def test_answers_about_other_images_of_the_same_names_are_not_kept(run, data, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    for name in ("a.png", "b.png"):
+        Image.new("RGB", (60, 40), "blue").save(other / name)
+    words = ["eval", f"model={run}", f"data={data}", f"out={tmp_path / 'out'}"]
+    assert main([*words, f"images={data.parent}"]) == 0
+    assert main([*words, f"images={other}"]) == 2
+    assert "differ in pictures (sha256 " in capsys.readouterr().err
+
+
 def test_a_row_that_cannot_be_read_is_left_out_and_named(tmp_path):
     Image.new("RGB", (60, 40), "red").save(tmp_path / "a.png")
     file = tmp_path / "questions.csv"

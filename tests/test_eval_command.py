@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from vlbench.__main__ import main
 from vlbench.compare.report.task_answers import number_repeats
@@ -82,6 +83,39 @@ def test_another_exam_in_the_same_folder_is_refused(model, tmp_path, capsys):
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3") == 0
     assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", "limit=3", "protocol=lmms") == 2
     assert "differ in protocol (yi before, lmms now)" in capsys.readouterr().err
+
+
+def test_answers_of_other_weights_in_the_same_place_are_not_kept(model, tmp_path, capsys):
+    copy, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(model, copy)
+    assert take(copy, out, "mmmu", "mmmu_tiny", "limit=3") == 0
+    settings = json.loads((out / "settings.json").read_text())
+    tensors = load_file(copy / "model.safetensors")
+    trained = {name: one + 0.01 for name, one in tensors.items() if name.startswith("connector.")}
+    save_file({**tensors, **trained}, copy / "model.safetensors")
+    assert take(copy, out, "mmmu", "mmmu_tiny", "limit=3") == 2
+    assert f"differ in weights ({settings['weights']} before, " in capsys.readouterr().err
+    # folders of earlier versions say nothing of weights
+    del settings["weights"]
+    (out / "settings.json").write_text(json.dumps(settings))
+    assert take(copy, out, "mmmu", "mmmu_tiny", "limit=3") == 0
+
+
+@pytest.mark.parametrize(("split", "tokens"), [("validation", 128), ("test", 512)])
+def test_lmms_eval_asks_the_test_split_of_mmmu_in_its_own_way(
+    split, tokens, model, tmp_path, monkeypatch
+):
+    asked = []
+
+    def listen(_vlm, samples, **options):
+        asked.extend((one.turns[-1].text, options["max_new_tokens"]) for one in samples)
+        return ["A"] * len(samples)
+
+    monkeypatch.setattr(batch_inference, "answer_batch", listen)
+    words = [f"split={split}", "protocol=lmms", "limit=3"]
+    assert take(model, tmp_path / "out", "mmmu", "mmmu_tiny", *words) == 0
+    assert asked and {limit for _, limit in asked} == {tokens}
+    assert all(("directly." in text or "phrase." in text) == (tokens == 128) for text, _ in asked)
 
 
 def run_out_of_memory(*_given, **_options):

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass, replace
 
 import pytest
+from PIL import Image
 from random_vlm import NoiseImage
 
 from vlbench.config.recipe import load_recipe
@@ -96,6 +98,59 @@ def test_the_questions_of_a_mixture_are_those_of_all_its_sources(
     assert [question.record_number for question in questions] == [
         f"{number}.{k}" for number, count in enumerate(asked, 1) for k in range(1, count + 1)
     ]
+
+
+def test_records_of_a_mixture_are_read_once(monkeypatch) -> None:
+    read: Counter[str] = Counter()
+
+    class Counted(Pictures):
+        def __getitem__(self, index: int) -> Sample:
+            read[f"{self.name}{index}"] += 1
+            return super().__getitem__(index)
+
+    sources = [Counted(name, count) for name, count in (("a", 1), ("b", 3), ("c", 90))]
+    monkeypatch.setattr(
+        heldout_questions, "open_stage_sources", lambda _: [(one, 1.0) for one in sources]
+    )
+    stage_data = load_recipe(["recipe=yivl_llava", "data.train=data.json"]).last_stage_data
+    assert len(final_questions(stage_data, 30)[1]) == 30
+    assert len(read) == 30 and set(read.values()) == {1}
+
+
+@dataclass(frozen=True)
+class Copy:
+    """A picture that a record has a copy of, as rows of a table have."""
+
+    record: int
+    picture: int
+
+    @property
+    def name(self) -> str:
+        return f"record {self.record}"
+
+    def open(self) -> Image.Image:
+        return NoiseImage(self.picture).open()
+
+
+class Copies(Pictures):
+    """Three questions about each picture, in records of their own."""
+
+    def __getitem__(self, index: int) -> Sample:
+        sample = super().__getitem__(index)
+        return replace(sample, images=(Copy(index, index // 3),))
+
+
+def test_questions_about_copies_of_a_picture_are_about_one_picture() -> None:
+    questions = source_questions(Copies("a", 9), 100)
+    names = [question.picture for question in questions]
+    assert names == ["record 0"] * 3 + ["record 3"] * 3 + ["record 6"] * 3
+    for before, after in zip(questions, shuffle_images(questions), strict=True):
+        (one,), (other,) = before.sample.images, after.sample.images
+        assert one.open().tobytes() != other.open().tobytes()
+
+
+def test_one_picture_is_exchanged_for_no_other() -> None:
+    assert shuffle_images(source_questions(Copies("a", 3), 100)) == []
 
 
 def test_the_controls_change_the_images_and_nothing_else() -> None:

@@ -158,3 +158,17 @@ def test_runs_of_another_recipe_are_not_taken_for_these(home, capsys):
     said = capsys.readouterr().err
     assert "c/yivl_llava/seed0 was trained with another recipe" in said
     assert "stages.chat.steps (5 before, 350 now)" in said
+
+
+def test_runs_of_another_recipe_that_began_with_init_are_not_taken_for_these(home, capsys):
+    from test_report_command import run
+
+    run(home / "first", 0.8, 0)
+    init = f"init={home / 'first'}"
+    run(home / "c/yivl_llava/seed0", 0.8, 0, init, "stages.chat.steps=5")
+    assert main([*LLAVA, f"grid={init}", "dry_run=true"]) == 2
+    assert "stages.chat.steps (5 before, 350 now)" in capsys.readouterr().err
+    # what it takes from init is no difference
+    run(home / "d/yivl_llava/seed0", 0.8, 0, init)
+    words = [word.replace("run=c", "run=d") for word in LLAVA]
+    assert main([*words, f"grid={init}", "dry_run=true"]) == 0

@@ -5,6 +5,8 @@ The whole table is measured by benchmarks/simulate_comparison.py; here are its c
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 import pytest
 from scipy import stats
@@ -162,6 +164,15 @@ def test_the_detectable_difference_is_that_of_the_whole_comparison():
     found = [design.detectable_with(count) for count in (3, 5, 10)]
     assert found == sorted(found, reverse=True) and 0.02 < found[2] < found[0] < 0.3
     assert PlannedDesign(4, 5, 0.9, 0.02).detectable_with(1) > 0.9
+
+
+@pytest.mark.parametrize("questions", [1, 2, 5])
+def test_what_so_few_questions_never_show_is_told_without_the_distribution(questions):
+    """It has one degree of freedom there: scipy warns of series, and takes seconds."""
+    pair = PairUncertainty(0.3, 1.0, 0.5, 0.0, 4950, questions, 1)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert smallest_detectable(pair) == 1.0
 
 
 def test_a_pair_that_differs_by_the_printed_difference_is_mostly_found():

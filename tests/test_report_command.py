@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
+from random_vlm import NoiseImage
 
 from vlbench.__main__ import main
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
@@ -139,12 +139,24 @@ def test_turns_about_one_picture_are_counted_once(tmp_path, capsys):
     assert "- this run of " in said and "that run of " in said
 
 
+@pytest.mark.parametrize("older", ["a", "b"])
+def test_pictures_are_those_of_a_run_that_names_them(older, tmp_path, capsys):
+    for name, words in (("a", ()), ("b", ("connector.name=linear",))):
+        file = run(tmp_path / name, 0.8, 0, *words) / "answers.jsonl"
+        lines = [json.loads(line) for line in file.read_text().splitlines()]
+        for number, line in enumerate(lines):
+            line["picture"] = None if name == older else f"{number // 10}.jpg"
+        file.write_text("\n".join(map(json.dumps, lines)))
+    assert main(["report", str(tmp_path)]) == 0
+    assert "300 about 30 pictures, the unit" in capsys.readouterr().out
+
+
 def test_questions_name_the_picture_that_their_conversation_is_about():
-    image = SimpleNamespace(name="a.jpg", open=lambda: None)
+    image = NoiseImage(1)
     words = (("human", "<image_placeholder> one"), ("assistant", "1"), ("human", "two"))
     turns = tuple(ChatTurn(*turn) for turn in (*words, ("assistant", "2")))
     asked, _ = collect_questions([Sample("7", turns, (image,))], 9)
-    assert [one.picture for one in asked] == ["a.jpg", "a.jpg"]
+    assert [one.picture for one in asked] == [image.name, image.name]
     assert len({one.picture for one in scene_questions("new")}) == 1800
 
 

@@ -14,6 +14,7 @@ from test_report_command import run
 
 from vlbench.__main__ import main
 from vlbench.compare.report.vote_records import read_votes
+from vlbench.compare.report.vote_report import pair_cells
 from vlbench.compare.report.vote_statistics import VoteFindings, analyze_votes, vote_share
 
 
@@ -46,11 +47,19 @@ def test_a_pair_is_counted_by_model_and_not_by_place(tmp_path):
     (pair,) = analyze(tmp_path, votes).pairs
     assert (pair.better, pair.worse) == ("llava", "qformer")
     assert (pair.wins.count, pair.losses, pair.ties, pair.both_bad) == (7, 1, 1, 2)
-    assert pair.shown_first == 8 and pair.vote_count == 11
+    assert pair.shown_first == 8 and pair.shown_together == 11
     assert pair.wins.p_value == pytest.approx(stats.binomtest(7, 8).pvalue)
     low, high = pair.wins.interval_low, pair.wins.interval_high
     wilson = stats.binomtest(7, 8).proportion_ci(method="wilson")
     assert low <= wilson.low < 7 / 8 < wilson.high <= high
+
+
+def test_votes_that_a_third_model_won_are_votes_in_which_both_were_shown(tmp_path):
+    votes = [vote(2, "a", "b", "c", picture=n) for n in range(5)] + [vote(0, "a", "b", "c")]
+    findings = analyze(tmp_path, votes)
+    (pair,) = [one for one in findings.pairs if {one.better, one.worse} == {"a", "b"}]
+    assert (pair.wins.votes, pair.shown_first, pair.shown_together) == (1, 6, 6)
+    assert pair_cells(pair)[-1] == "6 of 6"
 
 
 def test_many_votes_on_their_own_pictures_have_wilsons_interval():

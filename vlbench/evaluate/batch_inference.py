@@ -2,8 +2,9 @@
 
 A folder of answers holds
 
-    settings.json   what is asked, how, and of which model: where answers are kept, other settings
-                    are refused; `batch` is that of the latest call
+    settings.json   what is asked, how, and of which model (its path and a checksum of its weights):
+                    where answers are kept, other settings are refused; `batch` is that of the
+                    latest call
     answers.jsonl   a line per question; `score` reads those of MMMU and CMMMU
     blank.jsonl     the same with blank images, on request
     skipped.jsonl   questions that are not asked, and why
@@ -51,6 +52,8 @@ SCORE_PATTERNS = (REPORT_FILE, SCORES_FILE, "scored.jsonl", "submission.*")
 FREE_SETTINGS = ("batch",)
 """What may change beside kept answers: padding is masked, so that an answer depends on its batch by
 rounding alone, and where memory ran out, a smaller batch is what lets the same folder go on."""
+CHECKSUM_SETTINGS = ("weights", "pictures")
+"""Not in folders of earlier versions, whose answers are taken for those of the same contents."""
 
 
 def answer_batch(vlm: LoadedVLM, samples: Sequence[Sample], **generation_options: Any) -> list[str]:
@@ -278,8 +281,9 @@ def _remove_scores(folder: Path) -> None:
 
 
 def _describe_differences(stored: dict[str, Any], task_settings: dict[str, Any]) -> list[str]:
+    unknown = {key for key in CHECKSUM_SETTINGS if key not in stored}
     return [
         f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"
         for key in {**stored, **task_settings}
-        if stored.get(key) != task_settings.get(key) and key not in FREE_SETTINGS
+        if stored.get(key) != task_settings.get(key) and key not in {*FREE_SETTINGS, *unknown}
     ]

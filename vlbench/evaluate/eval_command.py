@@ -27,6 +27,7 @@ from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.conversation_tasks import ConversationTask
 from vlbench.load_model import find_model_folder, load_chosen_model
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.weights.weight_origin import sample_weights
 from vlbench.text_files import format_json_lines, write_atomically, write_for_people
 from vlbench.train import checkpoint_files
 
@@ -71,7 +72,11 @@ def run_eval(asked: Sequence[EvalArguments]) -> int:
     model_folder = find_model_folder(asked[0].model, "model")
     vlm = load_chosen_model(asked[0])
     for arguments, task in zip(asked, tasks, strict=True):
-        model_settings = {"model": str(model_folder), **_chosen_settings(arguments)}
+        model_settings = {
+            "model": str(model_folder),
+            "weights": f"sha256 {sample_weights(vlm.model)[:16]}",
+            **_chosen_settings(arguments),
+        }
         folder = _answers_folder(task.folder_name, model_folder, arguments)
         settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
         with contextlib.ExitStack() as held_locks:

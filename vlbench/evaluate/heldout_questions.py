@@ -31,6 +31,7 @@ from vlbench.data.sample import (
 from vlbench.data.scene_exam import HeldOutKind, HeldOutSceneQuestion, held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
+from vlbench.evaluate.known_pictures import KnownPictures
 
 MAX_OWN_QUESTIONS = 1000  # questions asked about a user's own data
 NO_IMAGE_REASON = "has no image"
@@ -103,25 +104,23 @@ def _mixture_questions(sources: Sequence[SampleSource], limit: int) -> list[Eval
     source, and the number of a record has that of its source before it.
     """
     most_records = MAX_INSPECTED_SAMPLES if len(sources) > 1 else None  # others have images
-    found: list[list[EvalQuestion]] = [[] for _ in sources]
-    left_out: list[list[LeftOutRecord]] = [[] for _ in sources]
-    wanted = [0] * len(sources)
-    unread = list(range(len(sources)))  # sources that may have more questions
-    while unread and (rest := limit - sum(map(len, found))):
+    pictures = KnownPictures()
+    readers = [QuestionReader(source, pictures, most_records) for source in sources]
+    shares = [0] * len(readers)
+    unread = list(range(len(readers)))  # sources that may have more questions
+    while unread and (rest := limit - sum(shares)):
         share, more = divmod(rest, len(unread))
         for place, number in enumerate(unread[:rest]):
-            wanted[number] += share + (place < more)
-            found[number], left_out[number] = collect_questions(
-                sources[number], wanted[number], most_records
-            )
-        unread = [number for number in unread if len(found[number]) == wanted[number]]
+            wanted = shares[number] + share + (place < more)
+            shares[number] = len(readers[number].read_until(wanted))
+        unread = [number for number in unread if not readers[number].is_at_end(shares[number])]
     questions = []
-    for number, source in enumerate(sources):
-        _print_left_out(source, left_out[number])
+    for number, (reader, count) in enumerate(zip(readers, shares, strict=True)):
+        _print_left_out(reader.source, reader.left_out)
         prefix = f"{number + 1}." if len(sources) > 1 else ""
         questions += [
             replace(question, record_number=f"{prefix}{question.record_number}")
-            for question in make_ids_unique(found[number])
+            for question in make_ids_unique(reader.questions[:count])
         ]
     return questions
 
@@ -187,36 +186,60 @@ def _print_left_out(source: SampleSource, left_out: Sequence[LeftOutRecord]) -> 
 
 
 def collect_questions(
-    source: SampleSource, limit: int, most_records: int | None = None
+    source: SampleSource, limit: int
 ) -> tuple[list[EvalQuestion], list[LeftOutRecord]]:
-    """Return one question per assistant turn of the first samples with an image, at most `limit`.
+    """Return the first questions of a source, at most `limit`; see `QuestionReader`."""
+    reader = QuestionReader(source, KnownPictures())
+    return reader.read_until(limit), reader.left_out
+
+
+class QuestionReader:
+    """Reads a source for questions: one per assistant turn of each sample with an image.
 
     Earlier turns stay in the conversation as they are in the data. Left out are bad samples, those
-    with an image that cannot be read, and those without an image. If `most_records` is given, only
-    that many records are read.
+    with an image that cannot be read, and those without an image. Copies of a picture become one
+    image, so that questions about it are known as such.
     """
-    questions: list[EvalQuestion] = []
-    left_out: list[LeftOutRecord] = []
-    for index in range(len(source))[:most_records]:
-        if len(questions) >= limit:
-            break
+
+    def __init__(
+        self, source: SampleSource, pictures: KnownPictures, most_records: int | None = None
+    ) -> None:
+        """Begin at the first record; if `most_records` is given, only that many are read."""
+        self.source = source
+        self.questions: list[EvalQuestion] = []
+        """All that were read: a record may have more than were wanted."""
+        self.left_out: list[LeftOutRecord] = []
+        self._pictures = pictures
+        self._unread = range(len(source))[:most_records]
+
+    def read_until(self, count: int) -> list[EvalQuestion]:
+        """Read on until there are `count` questions; return them, fewer at the end."""
+        while len(self.questions) < count and self._unread:
+            index, self._unread = self._unread[0], self._unread[1:]
+            self._read_record(index)
+        return self.questions[:count]
+
+    def is_at_end(self, count: int) -> bool:
+        """Tell whether there are no more questions than these `count`."""
+        return not self._unread and len(self.questions) <= count
+
+    def _read_record(self, index: int) -> None:
         sample_id, reason = "", ""
+        number = record_number(self.source, index)
         try:
-            sample = source[index]
+            sample = self.source[index]
             sample_id = sample.id
-            for image in sample.images:
-                image.open()
+            images = tuple(map(self._pictures.unite, sample.images))
         except BadSample as error:
             sample_id, reason = error.sample_id, error.reason
         except UserError as error:
             reason = str(error)
         else:
-            reason = "" if sample.images else NO_IMAGE_REASON
+            reason = "" if images else NO_IMAGE_REASON
         if reason:
-            left_out.append(LeftOutRecord(sample_id, record_number(source, index), reason))
+            self.left_out.append(LeftOutRecord(sample_id, number, reason))
         else:
-            questions += _questions_by_turn(sample, str(record_number(source, index)))
-    return questions[:limit], left_out
+            self.questions += _questions_by_turn(replace(sample, images=images), str(number))
 
 
 def describe_left_out(left_out_records: Sequence[LeftOutRecord]) -> str:
@@ -280,8 +303,13 @@ def blank_images(
 
 
 def shuffle_images(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
-    """Return the same questions with the images exchanged: each becomes the next of the set."""
+    """Return the same questions with the images exchanged: each becomes the next of the set.
+
+    [] where all are about one image, which cannot be exchanged for another.
+    """
     images = list(dict.fromkeys(image for one in questions for image in one.sample.images))
+    if len(images) < 2:
+        return []
     next_image = dict(zip(images, images[1:] + images[:1], strict=True))
     return [
         _with_images(question, tuple(next_image[image] for image in question.sample.images))

@@ -80,7 +80,8 @@ class VlbenchModel(lmms):  # type: ignore[misc]
         """Return the answer to each request, in their order; longest prompts are asked first.
 
         A question that cannot be asked (a video, an image that the data do not have, a text that is
-        too long) gets an empty answer, which no task counts as right; it is counted and printed.
+        too long) gets an empty answer, wrong, or drawn at random where a task draws (MMMU);
+        it is counted and printed.
         """
         answers = [""] * len(requests)
         prompt_lengths: dict[int, int] = {}

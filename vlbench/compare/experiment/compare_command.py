@@ -46,6 +46,7 @@ from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
+from vlbench.train.resume import inherited_keys
 from vlbench.train.run_folder import RunFolder, recipe_differences
 from vlbench.train.run_report import format_duration, print_status
 from vlbench.train.run_results_file import read_results
@@ -128,8 +129,9 @@ def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
         if not saved.is_file():
             continue
         recipe = recipes.load_recipe(list(job.overrides))
-        if recipe.init:  # what it adds to a recipe is checked by fit
-            continue
+        if recipe.init:  # what it adds to a recipe stands in the run's own
+            inherited = inherited_keys(recipe.model, str(job.folder))
+            recipe = recipes.load_recipe(list(job.overrides), inherited)
         changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
         if changed:
             raise UserError(

@@ -202,7 +202,7 @@ def analyze_runs(
     seeds, questions = common_seeds_and_questions(arms)
     by_arm = {arm.name: correct_matrix(arm, seeds, questions) for arm in arms}
     arm_order = sorted(arms, key=lambda arm: -by_arm[arm.name].mean())
-    compared = next(run for run in arms[0].runs if run.seed in seeds)
+    compared = (run for arm in arms for run in arm.runs if run.seed in seeds)
     clusters = cluster_numbers(compared, questions)
     statistics = RowStatistics(np.stack([by_arm[arm.name] for arm in arm_order]), clusters)
     rows = [

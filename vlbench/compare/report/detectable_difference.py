@@ -54,6 +54,13 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     """
     degrees = pair.degrees_of_freedom
     level = SIGNIFICANCE_LEVEL / (2 * pair.pair_count)
+    needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
+    # half of what tells rows apart is taken to be in every seed, the rest to be any seed's own
+    questions = pair.question_count * (1 + pair.seed_count) / 2
+    if (
+        needed > questions
+    ):  # a question or two have one degree of freedom, for which t takes seconds
+        return 1.0
     critical = float(stats.t.isf(level, degrees))
 
     def missing_power(noncentrality: float) -> float:
@@ -69,11 +76,6 @@ def smallest_detectable(pair: PairUncertainty) -> float:
         return float(difference - step * math.sqrt(_variance_ratio(pair, difference)))
 
     by_t = float(brentq(surplus, 0.0, 1.0)) if surplus(1.0) > 0 else 1.0
-    needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
-    # half of what tells rows apart is taken to be in every seed, the rest to be any seed's own
-    questions = pair.question_count * (1 + pair.seed_count) / 2
-    if needed > questions:
-        return 1.0
     few = stats.beta.ppf(STATISTICAL_POWER, needed, questions - needed + 1)
     return min(1.0, max(by_t, float(few)))
 

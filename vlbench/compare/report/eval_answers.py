@@ -23,7 +23,7 @@ from vlbench.text_files import read_json, read_json_lines
 from vlbench.train.run_folder import RunFolder
 
 BENCHMARK_SCORE = "accuracy"
-PAIRED_SETTINGS = ("protocol", "revision", "template", "dtype")
+PAIRED_SETTINGS = ("protocol", "revision", "pictures", "template", "dtype")
 """Of settings.json: what has to be the same for answers to be paired, beside the checkpoint."""
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -130,9 +130,13 @@ def conversation_of(question_id: str) -> str:
     return conversation if conversation and turn.isdecimal() else question_id
 
 
-def cluster_numbers(run: FinishedRun, questions: Sequence[str]) -> NDArray[np.int64]:
-    """Return the number of each question's cluster `[questions]`."""
-    return number_clusters([run.clusters[name] for name in questions])
+def cluster_numbers(runs: Iterable[FinishedRun], questions: Sequence[str]) -> NDArray[np.int64]:
+    """Return the number of each question's cluster `[questions]`.
+
+    Runs of old versions do not name pictures: that of all runs counts which tells least apart.
+    """
+    numbered = (number_clusters([run.clusters[name] for name in questions]) for run in runs)
+    return min(numbered, key=lambda numbers: int(numbers.max()))
 
 
 def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:

@@ -203,7 +203,7 @@ def _join_answers(
         ),
         is_probed=np.array([[[one in run.read for one in names] for run in of] for of in runs]),
         is_unsure=np.array([[[one in run.unsure for one in names] for run in of] for of in runs]),
-        clusters=cluster_numbers(first_run, names),
+        clusters=cluster_numbers([run for row in rows for run in row.runs], names),
         columns_of_kind=columns_of_kind,
     )
 

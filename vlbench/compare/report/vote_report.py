@@ -100,7 +100,7 @@ def pair_cells(pair: PairVotes, is_blind: bool = True) -> list[str]:
         f"{interval_text(pair.wins)} %",
         format_p(pair.corrected_p).removeprefix("= ") if is_blind else "",
         f"{pair.wins.pictures:,}",
-        f"{pair.shown_first:,} of {pair.vote_count:,}",
+        f"{pair.shown_first:,} of {pair.shown_together:,}",
     ]
 
 
@@ -191,6 +191,7 @@ def _pair_record(pair: PairVotes) -> dict[str, Any]:
         "losses": pair.losses,
         "ties": pair.ties,
         "both_bad": pair.both_bad,
+        "shown_together": pair.shown_together,
         "better_shown_first": pair.shown_first,
         "win_rate": _share_record(pair.wins),
         "p": pair.wins.p_value,

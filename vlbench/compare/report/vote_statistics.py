@@ -53,8 +53,10 @@ class PairVotes:
     """Of `better`, among the votes that decided between the two."""
     ties: int
     both_bad: int
+    shown_together: int
+    """All votes with both, those that another model won included."""
     shown_first: int
-    """In how many of all votes `better` was shown before `worse`."""
+    """In how many of these `better` was shown before `worse`."""
     corrected_p: float
     """After Holm's correction over all pairs."""
     pair_count: int
@@ -63,11 +65,6 @@ class PairVotes:
     def losses(self) -> int:
         """How many votes `worse` won."""
         return self.wins.votes - self.wins.count
-
-    @property
-    def vote_count(self) -> int:
-        """All votes on the pair."""
-        return self.wins.votes + self.ties + self.both_bad
 
     @property
     def is_significant(self) -> bool:
@@ -161,6 +158,7 @@ def _count_pair(one: str, other: str, numbered: Sequence[tuple[Vote, int]]) -> P
         ),
         ties=undecided[TIE],
         both_bad=undecided[BAD],
+        shown_together=len(both),
         shown_first=sum(vote.models.index(better) < vote.models.index(worse) for vote, _ in both),
         corrected_p=1.0,
         pair_count=1,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +50,8 @@ class EvalProtocol:
 
     prompt_protocols: dict[str, str]
     scoring_protocol: str
+    test_prompt_protocols: dict[str, str] = field(default_factory=dict)
+    """Those of the split `test`, of tasks that ask it otherwise."""
 
 
 YI_PROMPTS = {"mmmu": "yi", "cmmmu": "yi"}
@@ -57,7 +59,7 @@ EVAL_PROTOCOLS: dict[ProtocolName, EvalProtocol] = {
     "yi": EvalProtocol(YI_PROMPTS, "yi"),
     # the benchmark CMMMU has a scorer and no prompts: those of Yi are used
     "official": EvalProtocol({"mmmu": "official", "cmmmu": "yi"}, "official"),
-    "lmms": EvalProtocol({"mmmu": "lmms", "cmmmu": "lmms"}, "lmms"),
+    "lmms": EvalProtocol({"mmmu": "lmms", "cmmmu": "lmms"}, "lmms", {"mmmu": "lmms_test"}),
     "strict": EvalProtocol(YI_PROMPTS, "strict"),
     "raw": EvalProtocol(YI_PROMPTS, "raw"),
 }
@@ -100,10 +102,12 @@ class BenchmarkTask:
         """Read the records that the arguments of `eval` ask for."""
         name = arguments.protocol or "yi"
         self.task, self.protocol_name = task, name
-        self.prompt_protocol_name = EVAL_PROTOCOLS[name].prompt_protocols[task]
-        self.scoring_protocol_name = EVAL_PROTOCOLS[name].scoring_protocol
-        self.seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
         source, split = arguments.data or HUB_DATASETS[task], arguments.split or "val"
+        protocol = EVAL_PROTOCOLS[name]
+        test_prompts = protocol.test_prompt_protocols.get(task) if split == "test" else None
+        self.prompt_protocol_name = test_prompts or protocol.prompt_protocols[task]
+        self.scoring_protocol_name = protocol.scoring_protocol
+        self.seed = DEFAULT_SEED if arguments.seed is None else arguments.seed
         subjects = arguments.subjects.strip("[]").split(",") if arguments.subjects else None
         records = RECORD_READERS[task](source, split, subjects)
         # before any is left out: one model may not be asked the first of two with one id
@@ -121,6 +125,7 @@ class BenchmarkTask:
             "subjects": subjects,
             "questions": len(named),
             "protocol": name,
+            **({"prompts": test_prompts} if test_prompts else {}),
         }
 
     def select_questions(

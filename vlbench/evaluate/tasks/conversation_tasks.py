@@ -23,11 +23,12 @@ from vlbench.evaluate.batch_inference import max_answer_tokens
 from vlbench.evaluate.heldout_questions import (
     EvalQuestion,
     LeftOutRecord,
-    collect_questions,
+    QuestionReader,
     describe_left_out,
     final_questions,
     make_ids_unique,
 )
+from vlbench.evaluate.known_pictures import KnownPictures
 from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.evaluate.tasks.score_report import wilson_interval
 from vlbench.model.loaded_vlm import LoadedVLM
@@ -69,9 +70,12 @@ class ConversationQuestion:
 
 
 def _load_questions(
-    task: str, arguments: EvalArguments
+    task: str, arguments: EvalArguments, pictures: KnownPictures
 ) -> tuple[list[ConversationQuestion], list[LeftOutRecord]]:
-    """Return the questions of `own`, or of the file `data=`, and the records that are left out."""
+    """Return the questions of `own`, or of the file `data=`, and the records that are left out.
+
+    `pictures` gets the images of the file.
+    """
     human_answers: HumanAnswers = {}
     left_out: list[LeftOutRecord] = []
     if task == FILE_TASK:
@@ -79,7 +83,8 @@ def _load_questions(
             raise UserError(f"task={FILE_TASK} needs data=FILE.json")
         source = QuestionFile(arguments.data, arguments.images, arguments.allow_outside)
         human_answers = _collect_human_answers(source)
-        questions, left_out = collect_questions(source, 100 * len(source))
+        reader = QuestionReader(source, pictures)
+        questions, left_out = reader.read_until(100 * len(source)), reader.left_out
         sets = {source.name: make_ids_unique(questions)}
     else:
         run = Path(arguments.model)
@@ -105,6 +110,11 @@ def _load_questions(
 def _true_answers(question: EvalQuestion, human_answers: HumanAnswers) -> tuple[str, ...]:
     turn = len(question.sample.turns)
     return human_answers.get((question.record_number, turn), (question.answer,))
+
+
+def _checksum(value: object) -> str:
+    text = json.dumps(value, ensure_ascii=False)
+    return f"sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]}"
 
 
 class QuestionFile(ConversationFiles):
@@ -161,19 +171,22 @@ class ConversationTask:
 
     def __init__(self, task: str, arguments: EvalArguments) -> None:
         """Read the questions that the arguments of `eval` ask for."""
-        questions, self.left_out_records = _load_questions(task, arguments)
+        pictures = KnownPictures()
+        questions, self.left_out_records = _load_questions(task, arguments, pictures)
         self.all_questions = pick_fixed_subset(questions, arguments.limit)
         self.question_count = len(self.all_questions)
         self.folder_name = f"{task}-{Path(arguments.data).stem}" if arguments.data else task
         texts = [
             (one.sample.id, one.question.question_text, one.true_answers) for one in questions
         ]  # of all: the same data under another limit are asked a part of the same questions
-        digest = hashlib.sha256(json.dumps(texts, ensure_ascii=False).encode()).hexdigest()
         self.task_settings = {
             "task": task,
             "questions": dict(Counter(question.set_name for question in self.all_questions)),
-            "revision": f"sha256 {digest[:16]}",
+            "revision": _checksum(texts),
         }
+        if task == FILE_TASK:  # the same texts may be asked about other images=
+            shown = [[pictures.digest(image) for image in one.sample.images] for one in questions]
+            self.task_settings["pictures"] = _checksum(shown)
 
     def select_questions(
         self, vlm: LoadedVLM

@@ -19,6 +19,7 @@ from vlbench.text_files import read_json
 
 ORIGINS_FILE = "weights.json"
 """File of a checkpoint with the origin of each part."""
+SAMPLED_NUMBERS = 64  # of a tensor: a training changes nearly all of those that it changes any of
 HASH_CHUNK_NUMEL = 1 << 22  # numbers hashed at a time, so that little memory is taken
 
 
@@ -49,6 +50,22 @@ def hash_named_tensors(tensors: Iterable[tuple[str, Tensor]]) -> str:
     for (name, tensor), tensor_sum in zip(named, tensor_sums, strict=True):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor_sum}\n".encode())
     return digest.hexdigest()
+
+
+def sample_weights(module: torch.nn.Module) -> str:
+    """Return a SHA-256 of about SAMPLED_NUMBERS of every tensor, which takes no time.
+
+    It tells models of different trainings apart, not those that differ in a few numbers.
+    """
+    return hash_named_tensors(
+        (f"{name} {tuple(tensor.shape)}", _sample_numbers(tensor))
+        for name, tensor in module.state_dict().items()
+    )
+
+
+def _sample_numbers(tensor: Tensor) -> Tensor:
+    numbers = tensor.detach().reshape(-1)
+    return numbers[:: max(1, len(numbers) // SAMPLED_NUMBERS)]
 
 
 def _hash_tensor(tensor: Tensor) -> str:
