@@ -210,6 +210,9 @@ def test_questions_of_one_id_have_the_same_names_whatever_is_left_out(model, tmp
 def test_answers_of_earlier_versions_are_numbered_in_their_order():
     lines = [{"id": "a"}, {"id": "a"}, {"id": "a", "name": "a#5"}, {"id": 7}]
     assert list(number_repeats(lines)) == ["a", "a#2", "a#5", "7"]
+    # no two are named alike, whatever ids there are
+    lines = [{"id": "a#2"}, {"id": "a"}, {"id": "a"}, {"id": "a#2"}, {"id": "a"}]
+    assert list(number_repeats(lines)) == ["a#2", "a", "a#3", "a#2#2", "a#4"]
 
 
 def test_what_is_withheld_gives_a_file_to_submit(model, tmp_path, capsys):

@@ -117,3 +117,10 @@ def test_what_cannot_be_asked_is_named_and_options_without_effect_too(plugin, ca
 def test_a_search_over_beams_is_refused(plugin):
     with pytest.raises(UserError, match="no search over beams"):
         answers(plugin, [image("red")], {"num_beams": 3})
+
+
+def test_a_question_that_is_asked_again_is_sampled_again(plugin):
+    """lmms-eval asks several times for scores over several answers; runs repeat each other."""
+    given = {"max_new_tokens": 12, "temperature": 1.0}
+    drawn = answers(plugin, [image("red")] * 3, given)
+    assert len(set(drawn)) == 3 and answers(plugin, [image("red")] * 3, given) == drawn

@@ -106,6 +106,7 @@ class VlbenchModel(lmms):  # type: ignore[misc]
             texts = answer_batch(
                 self.vlm,
                 [samples[index] for index in indices],
+                seed=indices[0],  # batches that sample draw numbers of their own, and the same ones
                 **_generation_options(task_options),
             )
             for index, text in zip(indices, texts, strict=True):

@@ -156,12 +156,19 @@ def to_json_value(prediction: Any) -> Any:
 
 
 def number_equal_ids(ids: Iterable[object]) -> list[str]:
-    """Return a name for each question: its id, `ID#2` for the second with that id, and so on."""
-    counts: Counter[str] = Counter()
-    names = []
-    for name in map(str, ids):
-        counts[name] += 1
-        names.append(name if counts[name] == 1 else f"{name}#{counts[name]}")
+    """Return a name for each question: its id, `ID#2` for the second with that id, and so on.
+
+    A name that is the id of another question is passed over, so that no two are named alike.
+    """
+    words = [str(one) for one in ids]
+    known, counts, names = set(words), Counter[str](), []
+    for word in words:
+        counts[word] += 1
+        name = word
+        while counts[word] > 1 and (name := f"{word}#{counts[word]}") in known:
+            counts[word] += 1
+        known.add(name)
+        names.append(name)
     return names
 
 
