@@ -31,7 +31,9 @@ def layer_forward(layer: nn.Module, kwargs: dict[str, Any]) -> Callable[..., Any
     positions = kwargs.pop(POSITIONS, None)
     if positions is not None and vars(layer).get(LAST_LAYER):
         copied = object.__new__(type(layer))
-        vars(copied).update(vars(layer), mlp=functools.partial(_mlp_at, layer.mlp, positions))
+        vars(copied).update(
+            vars(layer), mlp=functools.partial(_mlp_at, layer.get_submodule("mlp"), positions)
+        )
         layer = copied
     # no bound method: torch.compile would look it up by its name, and find what is compiled
     return functools.partial(type(layer).forward, layer)
