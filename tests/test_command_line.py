@@ -14,6 +14,8 @@ from vlbench.command_line.arguments import (
     EvalArguments,
     ListArguments,
     PlanArguments,
+    ScoreArguments,
+    ServeArguments,
 )
 from vlbench.command_line.compare_arguments import (
     ReportArguments,
@@ -99,6 +101,20 @@ def test_mistakes_say_what_is_allowed(words, message) -> None:
     with pytest.raises(UserError, match=message) as caught:
         parse_arguments(EvalArguments, ["model=a", *words])
     assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("declaration", "words", "meant"),
+    [
+        (ServeArguments, ["runs/a"], "Did you mean model=runs/a[?]"),
+        (ServeArguments, ["my run"], "Did you mean 'model=my run'[?]"),
+        (ScoreArguments, ["a.jsonl"], "Did you mean answers=a.jsonl[?]"),  # `a.jsonl` is no task
+        (ScoreArguments, ["mmmu", "answers=a"], "Did you mean task=mmmu[?]"),
+    ],
+)
+def test_a_value_without_its_key_is_that_of_the_key_that_is_needed(declaration, words, meant):
+    with pytest.raises(UserError, match=meant):
+        parse_arguments(declaration, words)
 
 
 def test_all_mistakes_are_told_at_once() -> None:

@@ -7,8 +7,10 @@ them `| None`, and `tuple[..., ...]` of a key that may be given several times.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Mapping, Sequence
 from functools import cache
@@ -164,6 +166,8 @@ def parse_arguments(
         key, equals, _ = word.partition("=")
         problem = f"has no key '{key}'" if equals else f"takes no word '{word}'"
         hint = f" {hints[key]}." if hints and key in hints else _suggest_key(specs, key)
+        if not (hint or equals):
+            hint = _suggest_needed_key(specs, texts, word)
         mistakes.append(f"{declaration.verb} {problem}; its keys are {names}.{hint}")
     return _build_arguments(declaration, texts, mistakes)
 
@@ -213,6 +217,18 @@ def _suggest_key(specs: Mapping[str, ArgumentSpec], key: str) -> str:
         if key in spec.other_names:
             return f" Did you mean '{spec.name}'?"
     return suggest_name(key, [name for name, spec in specs.items() if not spec.is_positional])
+
+
+def _suggest_needed_key(
+    specs: Mapping[str, ArgumentSpec], texts: Mapping[str, Sequence[str]], word: str
+) -> str:
+    """Return a sentence with `word` as the value of a key that is needed and not given, or ""."""
+    for name, spec in specs.items():
+        if spec.is_required and name not in texts:
+            with contextlib.suppress(ValueError):  # another key's value
+                spec.parse_value(word)
+                return f" Did you mean {shlex.quote(f'{name}={word}')}?"
+    return ""
 
 
 def _build_arguments(
