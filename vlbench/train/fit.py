@@ -186,7 +186,7 @@ class RunTraining:
             loggers = []
             if collectives.is_rank_zero():
                 last_kept_step = self.earlier_steps(stage_run) + steps_done
-                loggers = build_loggers(self.log_config, self.run.folder, last_kept_step)
+                loggers = build_loggers(self.log_config, self.run, last_kept_step)
             if not stage.trained_parts.keys() & set(ENCODER_PARTS):
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)
