@@ -25,7 +25,8 @@ case " $* " in
     *" run="*) ;;
     *) set -- "$@" "run=runs/${SLURM_JOB_NAME}-${SLURM_JOB_ID}" ;; # a job that is queued again keeps it
 esac
-srun --kill-on-bad-exit=1 python -m vlbench fit "$@" \
+# --wait=0: the first task evaluates when the others have ended, for longer than slurm.conf may allow
+srun --kill-on-bad-exit=1 --wait=0 python -m vlbench fit "$@" \
     "trainer.devices=$tasks" "trainer.num_nodes=$SLURM_NNODES"
 code=$?
 

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -31,7 +32,7 @@ from vlbench.config import recipe as recipes
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.file_lock import LOCK_FILE
 from vlbench.system_errors import explain_system_error, is_memory_error
-from vlbench.train import checkpoint_files
+from vlbench.train import checkpoint_files, fit
 from vlbench.train.callbacks import GracefulStop
 from vlbench.train.lightning_trainer import explain_stage_errors
 from vlbench.train.run_folder import RunFolder
@@ -56,6 +57,25 @@ def test_a_hang_up_saves_and_the_run_goes_on(whole_run: Path, tmp_path: Path) ->
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     line = next(text for text in finished.stdout.splitlines() if " vlbench chat " in text)
     assert shlex.split(line, comments=True)[-1] == f"model={ODD_NAME}"
+
+
+def test_a_stop_while_the_model_is_loaded_is_one_before_the_first_step(tmp_path: Path) -> None:
+    def prepare() -> None:
+        real = fit.build_or_resume_model
+
+        def load(*given: Any) -> Any:
+            os.kill(os.getpid(), signal.SIGTERM)
+            return real(*given)
+
+        fit.build_or_resume_model = load
+
+    stopped = run_command([*FIT, "run=run"], tmp_path, prepare=prepare)
+    assert stopped.code == 130, stopped.words
+    assert stopped.stderr.strip().startswith("stopped by SIGTERM, before the first step. To go on:")
+    assert not checkpoint_files.list_positions(tmp_path / "run/checkpoints")
+    assert not (tmp_path / "run/metrics.csv").exists()
+    finished = run_command([*FIT, "run=run"], tmp_path, timeout=60)
+    assert finished.code == 0, finished.words
 
 
 def test_nohup_goes_on(tmp_path: Path) -> None:

@@ -264,9 +264,9 @@ def test_torchrun_that_srun_started_gives_the_ranks(monkeypatch):
 
 
 SRUN = """#!/usr/bin/env bash
-# Starts two tasks as srun would on one machine; its first option is --kill-on-bad-exit=1: when one
+# Starts two tasks as srun would on one machine, always with --kill-on-bad-exit=1: when one
 # leaves with a code that is not 0 the other is killed, and the highest code is that of all.
-shift
+while [[ $1 == --* ]]; do shift; done
 export SLURM_STEP_NUM_TASKS=2
 for task in 0 1; do SLURM_PROCID=$task SLURM_LOCALID=$task SLURM_NODEID=0 "$@" & done
 highest=0
@@ -362,7 +362,7 @@ def test_the_slurm_script_queues_what_was_stopped_and_not_what_failed(code, agai
 
 
 @pytest.mark.parametrize("own", [[], ["run=runs/mine"]])
-def test_the_slurm_script_names_the_run_once(own, tmp_path):
+def test_the_slurm_script_names_the_run_once_and_waits_for_the_first_task(own, tmp_path):
     told = tmp_path / "told"
     (tmp_path / "srun").write_text(f'#!/usr/bin/env bash\nprintf "%s\\n" "$@" > {told}\n')
     (tmp_path / "srun").chmod(0o755)
@@ -373,6 +373,8 @@ def test_the_slurm_script_names_the_run_once(own, tmp_path):
     given = told.read_text().splitlines()
     assert [word for word in given if word.startswith("run=")] == (own or ["run=runs/j-7"])
     assert given[-2:] == ["trainer.devices=8", "trainer.num_nodes=2"]
+    # the first task evaluates when the others have ended: slurm.conf's WaitTime must not end it
+    assert "--wait=0" in given[: given.index("python")]
 
 
 def tasks_of(run: Path) -> list[int]:

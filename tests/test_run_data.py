@@ -8,8 +8,10 @@ import os
 from pathlib import Path
 
 import pytest
+from forked_processes import run_in_processes
 from PIL import Image
 
+from vlbench import fit_command
 from vlbench.__main__ import main
 from vlbench.compare.report.finished_runs import _load_versions
 from vlbench.config import recipe as recipes
@@ -175,6 +177,38 @@ def test_before_its_first_checkpoint_a_run_takes_the_data_that_are_there():
     write("align.json", 12)
     assert [one.total_steps for one in start(*ONE_FILE)] == [6, 6]
     assert recorded()["align.json"] != before
+
+
+def test_all_processes_train_the_steps_that_the_first_one_reads(tmp_path):
+    """Another machine may see a folder on a network file system as it was a minute ago."""
+    align, _ = start(*ONE_FILE)
+    reach(0, 1)
+    RUN.record_versions({"stage_steps": {"align_224": 3}})
+    (tmp_path / "stale").mkdir()
+
+    def restore(rank: int) -> int:
+        run_data.sync_stage_steps(RunFolder(Path("stale" if rank else "run")), [align])
+        return align.total_steps
+
+    assert run_in_processes(restore) == [3, 3]
+
+
+def test_all_processes_show_a_run_that_the_first_one_sees_finished(monkeypatch):
+    recipe = recipes.load_recipe([*WORDS, *ONE_FILE])
+    run, shown = RunFolder(Path("run")), []
+
+    def show(_: RunFolder) -> int:
+        shown.append(1)
+        return 0
+
+    def finish(rank: int) -> tuple[int, int]:
+        monkeypatch.setattr(fit_command, "check_and_open_run", lambda *_: run)
+        monkeypatch.setattr(RunFolder, "is_finished", rank == 0)
+        monkeypatch.setattr(fit_command.run_report, "show_results", show)
+        code, _ = fit_command._fit_recipe(recipe, contextlib.ExitStack())
+        return code, len(shown)
+
+    assert run_in_processes(finish) == [(0, 1), (0, 0)]
 
 
 def test_what_is_recorded_of_data_is_no_version_of_a_library():

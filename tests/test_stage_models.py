@@ -13,6 +13,7 @@ from forked_processes import run_in_processes
 
 from vlbench.distributed import collectives
 from vlbench.train import checkpoint_files, fit
+from vlbench.train.callbacks import GracefulStop
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.run_folder import RunFolder
 
@@ -33,7 +34,9 @@ class Model:
         """Resize nothing."""
 
 
-def train_run(folder: Path, seen: list[RunPosition]) -> list[tuple[int, str, int]]:
+def train_run(
+    folder: Path, seen: list[RunPosition], graceful_stop: GracefulStop
+) -> list[tuple[int, str, int]]:
     """Train two stages of a run whose checkpoints are `seen` to be there.
 
     Return for each stage its first step, the checkpoint that its model is of, and how many models
@@ -57,9 +60,8 @@ def train_run(folder: Path, seen: list[RunPosition]) -> list[tuple[int, str, int
         for index, name in enumerate(("align", "chat"))
     ]
     runner = SimpleNamespace(is_sharded=True)
-    stop = SimpleNamespace(sync_stop_request=lambda: (False, False))
     config = SimpleNamespace(init=None, seed=0, draft_decoding=False, apply_exif=False)
-    training = fit.RunTraining(runner, config, None, run, stages, stop)
+    training = fit.RunTraining(runner, config, None, run, stages, graceful_stop)
     with contextlib.ExitStack() as stack:
         for target, name, value in (
             (fit, "load_checkpoint", load),
@@ -81,7 +83,7 @@ def test_all_processes_go_on_from_the_checkpoint_that_the_first_one_sees(tmp_pat
     newest, older = RunPosition(0, "align", 3), RunPosition(0, "align", 2)
 
     def train_as(rank: int) -> list[tuple[int, str, int]]:
-        return train_run(tmp_path, [older] if rank else [older, newest])
+        return train_run(tmp_path, [older] if rank else [older, newest], GracefulStop())
 
     first, second = run_in_processes(train_as)
     assert first == second
@@ -89,9 +91,19 @@ def test_all_processes_go_on_from_the_checkpoint_that_the_first_one_sees(tmp_pat
     assert [(steps, name) for steps, name, _ in first] == [(3, names[0]), (0, names[1])]
 
 
+def test_a_stop_of_one_process_while_the_model_is_loaded_ends_all_before_a_step(tmp_path):
+    def train_as(rank: int) -> tuple[list[tuple[int, str, int]], str]:
+        graceful_stop = GracefulStop()
+        graceful_stop.stop_reason = "SIGTERM" if rank else ""
+        trained = train_run(tmp_path, [RunPosition(0, "align", 3)], graceful_stop)
+        return trained, graceful_stop.stop_reason
+
+    assert run_in_processes(train_as) == [([], "SIGTERM")] * 2
+
+
 def test_a_sharded_model_is_gone_before_that_of_the_next_stage_is_loaded(tmp_path):
     def train_as(_: int) -> list[tuple[int, str, int]]:
         assert collectives.is_distributed()
-        return train_run(tmp_path, [RunPosition(0, "align", 3)])
+        return train_run(tmp_path, [RunPosition(0, "align", 3)], GracefulStop())
 
     assert [alive for _, _, alive in run_in_processes(train_as, 1)[0]] == [0, 0]

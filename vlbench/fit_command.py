@@ -19,7 +19,7 @@ from vlbench.train.compile_choice import choose_compile
 from vlbench.train.dry_run import dry_run_stages
 from vlbench.train.fit import RunTraining, check_and_open_run
 from vlbench.train.lightning_trainer import quiet_lightning
-from vlbench.train.run_data import restore_stage_steps
+from vlbench.train.run_data import sync_stage_steps
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_plan import StageRun, plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
@@ -62,12 +62,16 @@ def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, 
     trainer = recipe.trainer.model_copy(update={"compile": choice.compiles})
     recipe = recipe.model_copy(update={"trainer": trainer})
     run = collectives.call_on_rank_zero(lambda: check_and_open_run(recipe, stage_runs, held_locks))
-    collectives.call_on_all_ranks(lambda: restore_stage_steps(run, stage_runs))
-    if run.is_complete(recipe.log.information_probes):
+    sync_stage_steps(run, stage_runs)
+    # as the first process sees the folder: others may see it as it was
+    is_finished, is_complete = collectives.call_on_rank_zero(
+        lambda: (run.is_finished, run.is_complete(recipe.log.information_probes))
+    )
+    if is_complete:
         print(f"{run.folder} is finished; these are its results.")
-        return run_report.show_results(run), run
-    if run.is_finished:
-        _require_last_checkpoint(run, stage_runs[-1])
+        return collectives.call_on_rank_zero(lambda: run_report.show_results(run)), run
+    if is_finished:
+        collectives.call_on_rank_zero(lambda: _require_last_checkpoint(run, stage_runs[-1]))
         print(f"{run.folder} is finished; its information probes are made now.")
     run_report.show_run_start(
         f"recipe {recipe.recipe}, size {recipe.size}, seed {recipe.seed}, run {run.folder}",

@@ -113,8 +113,8 @@ class RunTraining:
         """Return how many seconds the run has taken, without the time in which it was stopped."""
         return self.earlier_seconds + time.monotonic() - self.started_at
 
-    def train_stages(self) -> LoadedVLM | None:
-        """Train the stages that are left; return the model, or None if training was stopped."""
+    def load_model(self) -> tuple[LoadedVLM, RunPosition]:
+        """Return the model where training begins or goes on, and its position."""
         try:
             # all take the one that the first process sees: others may see the folder as it was
             latest = collectives.call_on_rank_zero(lambda: self.run.latest_position)
@@ -133,9 +133,16 @@ class RunTraining:
         except UserError:
             self.run.discard_if_empty()  # so that the command can be repeated when it is mended
             raise
+        return vlm, position
+
+    def train_stages(self) -> LoadedVLM | None:
+        """Train the stages that are left; return the model, or None if training was stopped."""
+        vlm, position = self.load_model()
         run_report.show_weight_origins(vlm.weight_origins, self.model_config.seed)
         run_report.show_inputs(vlm.processor)
         self.seen, self.earlier_seconds = position.seen or {}, position.seconds or 0.0
+        if self.graceful_stop.sync_stop_request()[0]:  # while weights were fetched or loaded
+            return None
         for stage_run in self.stage_runs[position.stage :]:
             steps_done = position.step if stage_run.stage_index == position.stage else 0
             vlm.set_image_size(stage_run.stage.image_size)
@@ -186,7 +193,7 @@ class RunTraining:
             loggers = []
             if collectives.is_rank_zero():
                 last_kept_step = self.earlier_steps(stage_run) + steps_done
-                loggers = build_loggers(self.log_config, self.run.folder, last_kept_step)
+                loggers = build_loggers(self.log_config, self.run, last_kept_step)
             if not stage.trained_parts.keys() & set(ENCODER_PARTS):
                 should_stop = self.graceful_stop.is_stop_requested
                 runner.cache_features(vlm, steps, workers, should_stop)

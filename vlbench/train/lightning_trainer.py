@@ -25,10 +25,11 @@ from vlbench.config.schema import LoggingConfig, TrainerConfig
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import registry
 from vlbench.distributed.process_group import distributed_trainer_args, is_connection_error
-from vlbench.errors import UserError
 from vlbench.model.mixed_precision import autocast_context
 from vlbench.system_errors import is_memory_error
 from vlbench.train import run_report
+from vlbench.train.run_folder import RunFolder
+from vlbench.train.wandb_logging import build_wandb_logger
 
 LIGHTNING_PRECISION: dict[str, Any] = {"32": "32-true", "bf16": "bf16-mixed"}
 
@@ -70,24 +71,17 @@ def build_trainer(
     return trainer
 
 
-def build_loggers(log_config: LoggingConfig, run_folder: Path, last_kept_step: int) -> list[Logger]:
+def build_loggers(log_config: LoggingConfig, run: RunFolder, last_kept_step: int) -> list[Logger]:
     """Return the loggers beside metrics.csv; what they hold beyond `last_kept_step` is dropped."""
     loggers: list[Logger] = []
     if log_config.tensorboard:
         loggers.append(
             TensorBoardLogger(
-                run_folder, name="", version="tensorboard", purge_step=last_kept_step + 1
+                run.folder, name="", version="tensorboard", purge_step=last_kept_step + 1
             )
         )
     if log_config.wandb:
-        from lightning.pytorch.loggers import WandbLogger
-
-        try:
-            loggers.append(
-                WandbLogger(project=log_config.wandb, save_dir=run_folder, id=run_folder.name)
-            )
-        except ModuleNotFoundError as error:
-            raise UserError("log.wandb needs: pip install wandb") from error
+        loggers.append(build_wandb_logger(log_config.wandb, run))
     return loggers
 
 

@@ -22,6 +22,7 @@ from vlbench.data.data_checksums import (
     stamp_sources,
 )
 from vlbench.data.shard_sampler import ORDER_VERSION
+from vlbench.distributed import collectives
 from vlbench.errors import UserError
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.quarantine import forget_sources
@@ -110,6 +111,21 @@ def restore_stage_steps(run: RunFolder, stage_runs: Iterable[StageRun]) -> None:
     for one in stage_runs:
         if _has_begun(position, one):
             one.total_steps = recorded.get(one.name, one.total_steps)
+
+
+def sync_stage_steps(run: RunFolder, stage_runs: Sequence[StageRun]) -> None:
+    """Restore the steps of stages as the first process reads them, in all processes.
+
+    On a network file system another machine may see a run folder as it was a minute ago.
+    """
+
+    def read_steps() -> list[int]:
+        restore_stage_steps(run, stage_runs)
+        return [one.total_steps for one in stage_runs]
+
+    steps = collectives.call_on_rank_zero(read_steps)
+    for one, total_steps in zip(stage_runs, steps, strict=True):
+        one.total_steps = total_steps
 
 
 def _read_mapping(run: RunFolder, key: str) -> dict[str, Any]:

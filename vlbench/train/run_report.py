@@ -187,8 +187,9 @@ def format_duration(seconds: float) -> str:
 
 def show_interrupted(run: RunFolder, stop_reason: str) -> int:
     """Print why the run stopped and how to resume it; return the exit code."""
+    kept = "saved" if run.latest_position else "before the first step"
     print_status(
-        f"\nstopped by {stop_reason}, saved. To go on: repeat the command with "
+        f"\nstopped by {stop_reason}, {kept}. To go on: repeat the command with "
         + shlex.quote(f"run={run.folder}")
     )
     return 130

@@ -148,7 +148,7 @@ def _load_versions(folder: Path, results: dict[str, Any]) -> dict[str, str]:
     file = folder / "versions.json"
     versions = read_json(file) if file.is_file() else {}
     weights = versions.pop("weights", None)
-    for key in (*DATA_KEYS, "max_tokens_per_row"):
+    for key in (*DATA_KEYS, "max_tokens_per_row", "wandb_id"):
         versions.pop(key, None)
     for part in ("vision", "second_vision", "language"):
         if isinstance(weights, dict) and isinstance(weights.get(part), dict):
