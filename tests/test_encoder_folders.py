@@ -164,7 +164,7 @@ def test_nothing_is_dropped_at_random_in_training(layout, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("resample", 2), ("rescale_factor", 1.0), ("do_rescale", False), ("do_normalize", None)],
+    [("rescale_factor", 1.0), ("do_rescale", False), ("do_normalize", None)],
 )
 def test_an_image_processor_of_other_pixels_is_refused(key, value, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -173,6 +173,8 @@ def test_an_image_processor_of_other_pixels_is_refused(key, value, tmp_path):
     said = {"resample": 3, "rescale_factor": 1 / 255, **squares}
     file.write_text(json.dumps(said))
     assert not resolve_vision_config("ViT-S-32", str(tmp_path)).projection
+    file.write_text(json.dumps(said | {"resample": 2}))
+    assert resolve_vision_config("ViT-S-32", str(tmp_path)).interpolation == "bilinear"
     file.write_text(json.dumps(said | {key: value}))
     with pytest.raises(UserError, match=f"preprocessor_config.json: {key} is {value}; only "):
         resolve_vision_config("ViT-S-32", str(tmp_path))
