@@ -72,8 +72,8 @@ def _open_part(
     if part.prompts and stage_data.stage.sample_format == "caption":
         name = stage_data.stage_name
         raise UserError(
-            f"data {shown_name(part.train)}: has prompts, and stage {name} learns captions without a "
-            f"question; leave them out, or give stages.{name}.sample_format=chat"
+            f"data {shown_name(part.train)}: has prompts, and stage {name} learns captions "
+            f"without a question; leave them out, or give stages.{name}.sample_format=chat"
         )
     return take_part(base, part, stage_data.seed)
 
