@@ -107,8 +107,8 @@ def test_the_miniature_of_eva_may_be_copied(tmp_path):
     assert build_vision_encoder(str(folder), "embedded").image_size == 56
 
 
-@pytest.mark.parametrize("wrong", [{"patch_size": 0}, {"head_width": 0}])
-def test_a_zero_in_open_clips_file_is_one_line(wrong, tmp_path):
+@pytest.mark.parametrize("wrong", [{"patch_size": 0}, {"head_width": 0}, {"image_size": -56}])
+def test_a_size_below_one_in_open_clips_file_is_one_line(wrong, tmp_path):
     sizes = {"image_size": 56, "layers": 2, "width": 32, "head_width": 16, "patch_size": 14}
     folder = write_open_clip(tmp_path / "own", **sizes | wrong)
     with pytest.raises(UserError, match=f"vision.name is '{folder}', which cannot be built"):
@@ -122,7 +122,8 @@ TIMM_ARGS = {"embed_dim": 32, "depth": 2, "num_heads": 2, "patch_size": 14}
     ("args", "pixels", "said"),
     [
         ({"patch_size": 0}, {}, "vision.name is '.*', which cannot be built"),
-        ({"num_heads": 0}, {}, "vision.name is '.*', which cannot be built"),
+        ({"num_heads": 0}, {}, "num_heads is 0; wanted is a whole number from 1"),
+        ({"num_heads": -1}, {}, "num_heads is -1; wanted is a whole number from 1"),
         ({"patch_size": []}, {}, "vision.name is '.*', which cannot be built"),
         ({"img_size": 13}, {}, "its images of 13 pixels are smaller than a patch"),
         ({}, {"crop_mode": ["center"]}, r"crop_mode is \['center'\]; known are center, squash"),
@@ -163,7 +164,7 @@ def test_nothing_is_dropped_at_random_in_training(layout, tmp_path):
 
 @pytest.mark.parametrize(
     ("key", "value"),
-    [("resample", 2), ("rescale_factor", 1.0), ("do_rescale", False), ("do_normalize", None)],
+    [("rescale_factor", 1.0), ("do_rescale", False), ("do_normalize", None)],
 )
 def test_an_image_processor_of_other_pixels_is_refused(key, value, tmp_path):
     (tmp_path / "config.json").write_text("{}")
@@ -172,6 +173,8 @@ def test_an_image_processor_of_other_pixels_is_refused(key, value, tmp_path):
     said = {"resample": 3, "rescale_factor": 1 / 255, **squares}
     file.write_text(json.dumps(said))
     assert not resolve_vision_config("ViT-S-32", str(tmp_path)).projection
+    file.write_text(json.dumps(said | {"resample": 2}))
+    assert resolve_vision_config("ViT-S-32", str(tmp_path)).interpolation == "bilinear"
     file.write_text(json.dumps(said | {key: value}))
     with pytest.raises(UserError, match=f"preprocessor_config.json: {key} is {value}; only "):
         resolve_vision_config("ViT-S-32", str(tmp_path))

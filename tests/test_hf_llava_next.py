@@ -129,6 +129,16 @@ def test_the_grids_of_published_folders_are_read(clip, tmp_path):
     same_as_transformers(vlm, folder, [noise((301, 41)), noise((90, 60))])
 
 
+def test_tiles_are_resized_as_the_image_processor_says(clip, tmp_path):
+    folder = written(tiled_vlm(clip, LLAVA_NEXT), tmp_path / "hf")
+    config = json.loads((folder / "processor_config.json").read_text())
+    config["image_processor"]["resample"] = 2  # bilinear
+    edit_json(folder / "processor_config.json", **config)
+    back = vlbench.load(folder, dtype="float32", device="cpu")
+    assert back.processor.transform.interpolation == "bilinear"
+    same_as_transformers(back, written(back, tmp_path / "again"), [noise(size) for size in SIZES])
+
+
 def test_an_export_goes_out_again_the_same_and_names_of_transformers_4_are_read(clip, tmp_path):
     folder = written(tiled_vlm(clip, LLAVA_NEXT), tmp_path / "to")
     words = [f"model={folder}", "template=yi_vl"]

@@ -186,6 +186,15 @@ def half(name: str) -> bytes:
     return stream.getvalue()[: len(stream.getvalue()) // 2]
 
 
+def cut_at_tile() -> bytes:
+    """Return a JPEG 2000 that ends where its last tile begins, after the marker SOT."""
+    import io
+
+    stream = io.BytesIO()
+    Image.new("RGB", (64, 64), "gray").save(stream, "JPEG2000", no_jp2=True, tile_size=(32, 32))
+    return stream.getvalue()[: stream.getvalue().rindex(b"\xff\x90") + 2]
+
+
 BROKEN = {
     "empty.png": (b"", "is empty"),
     "half.jpg": (half("JPEG"), "cut off"),
@@ -193,6 +202,8 @@ BROKEN = {
     "half.webp": (half("WEBP"), "image"),
     "half.gif": (half("GIF"), "cut off"),
     "half.tiff": (half("TIFF"), "image"),
+    "half.jp2": (half("JPEG2000"), "cut off"),
+    "tiles.j2k": (cut_at_tile(), "cut off"),
     "text.jpg": (b"this is a text, not an image", "not an image; readable are JPEG"),
     "program.eps": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "not an image"),
     "header.jpg": (b"\xff\xd8\xff\xe0", "image"),

@@ -292,8 +292,8 @@ BROKEN = {
     ),
     "activation": (config_change(ENCODER_FOLDER, hidden_act="relu6"), "hidden_act is 'relu6'"),
     "resample": (
-        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", resample=2),
-        "resample is 2",
+        lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", resample=4),
+        r"resample is 4; known are 0 \(nearest\), 1 \(lanczos\), 2 \(bilinear\), 3 \(bicubic\)",
     ),
     "crop": (
         lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", crop_size=28),

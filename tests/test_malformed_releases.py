@@ -30,7 +30,7 @@ ODD = {
     "no patch": (config_change(ENCODER_FOLDER, patch_size=0), "config.json: patch_size is 0"),
     "named resample": (
         lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", resample="bicubic"),
-        "resample is 'bicubic'; only 3",
+        "resample is 'bicubic'; known are 0",
     ),
     "mean": (
         lambda f: edit_json(f / ENCODER_FOLDER / "preprocessor_config.json", image_mean=0.5),

@@ -218,11 +218,12 @@ def test_small_files_of_other_versions_say_the_same(change, models, tmp_path):
     assert torch.equal(before(before.prepare(ASK)).logits, after(after.prepare(ASK)).logits)
 
 
+@pytest.mark.parametrize("resample", [0, 1, 2, 3])
 @pytest.mark.parametrize("size", [{"height": 56, "width": 56}, {"shortest_edge": 56}])
-def test_pixels_are_those_of_the_folders_own_processor(size, models, tmp_path):
+def test_pixels_are_those_of_the_folders_own_processor(size, resample, models, tmp_path):
     """Height and width squash an image; one length is its shortest edge, and it is cropped."""
     folder = copied(models["hf_llava"], tmp_path)
-    processor(size=size, do_pad=False)(folder)
+    processor(size=size, do_pad=False, resample=resample)(folder)
     picture = Image.effect_noise((90, 60), 80).convert("RGB")
     theirs: Any = AutoProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
     pixels = theirs.image_processor(images=[picture], return_tensors="pt")["pixel_values"][0]
@@ -231,6 +232,17 @@ def test_pixels_are_those_of_the_folders_own_processor(size, models, tmp_path):
     words = ["export", f"model={folder}", f"out={tmp_path / 'to'}", "format=hf_llava"]
     assert main(words) == 0
     assert loaded(tmp_path / "to").processor.transform == transform
+
+
+def test_yi_vls_layout_keeps_how_images_are_resized(models, tmp_path):
+    folder = copied(models["yi_vl"], tmp_path)
+    edit_json(folder / ENCODER_FOLDER / "preprocessor_config.json", resample=2)
+    transform = loaded(folder).processor.transform
+    assert transform.interpolation == "bilinear"
+    for source, to, layout in ((folder, "hf", "hf_llava"), (tmp_path / "hf", "back", "yi_vl")):
+        words = ["export", f"model={source}", f"out={tmp_path / to}", f"format={layout}"]
+        assert main(words) == 0
+        assert loaded(tmp_path / to).processor.transform == transform
 
 
 ODD: dict[str, tuple[Change, str]] = {

@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader, Dataset
 from vlbench.__main__ import main
 from vlbench.data import shards as shards_module
 from vlbench.data.conversation_files import ConversationFiles
+from vlbench.data.data_checksums import checksum_sources
 from vlbench.data.image_processing import ImageTransform
 from vlbench.data.scene_world import make_scene
 from vlbench.data.shard_index import index_path, load_shard_index
@@ -336,7 +337,7 @@ class Pieces(SimpleHTTPRequestHandler):
 
     def do_GET(self) -> None:
         """Answer a request for a range of bytes."""
-        file = Path(self.directory) / self.path.lstrip("/")
+        file = Path(self.directory) / self.path.partition("?")[0].lstrip("/")
         if not file.is_file():
             return self.send_error(404)
         content, asked = file.read_bytes(), self.headers.get("Range")
@@ -434,6 +435,28 @@ def test_shards_by_url_that_are_not_those_of_their_index_are_named(served):
     one.write_bytes(other.read_bytes()[: len(content)])
     with pytest.raises(BadSample, match="000000.tar: is another file than"):
         WebDatasetShards(url)[0]
+
+
+@pytest.mark.parametrize("query", ["?sig=a%2Fsecret&se=1", "?sig=a/secret.tar"])
+@pytest.mark.parametrize("place", ["", "/{000000..000001}.tar"])
+def test_signed_urls_are_read_and_their_signature_is_not_told(place, query, served, packed):
+    url, copy = served
+    shards, plain = WebDatasetShards(f"{url}{place}{query}"), WebDatasetShards(packed)
+    assert len(shards) == (16 if place else len(plain))
+    assert all(shards[index].turns == plain[index].turns for index in range(len(shards)))
+    same = WebDatasetShards(f"{url}{place}")
+    assert checksum_sources([shards]) == checksum_sources([same])  # another day, another signature
+    image = shards[1].images[0]
+    tar = sorted(copy.glob("*.tar"))[0]
+    tar.write_bytes(tar.read_bytes()[:600])
+    for action in (image.open, lambda: WebDatasetShards(f"{url}/gone/{place}{query}")):
+        with pytest.raises(UserError) as caught:
+            action()
+        assert url in str(caught.value) and "secret" not in str(caught.value)
+    Path(f"{tar}.index").unlink()
+    with pytest.raises(UserError, match=r"000000\.tar\.index") as caught:
+        _ = WebDatasetShards(f"{url}/000000.tar{query}")[0]
+    assert "secret" not in str(caught.value)
 
 
 def test_an_index_by_url_of_an_older_version_is_read(served):

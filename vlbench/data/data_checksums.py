@@ -12,6 +12,7 @@ from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.chosen_samples import base_source
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.parquet_records import ParquetRecords
+from vlbench.data.remote_shards import shown_name
 from vlbench.data.sample import SampleSource
 from vlbench.data.shards import WebDatasetShards
 from vlbench.errors import UserError
@@ -52,7 +53,7 @@ def stamp_sources(sources: Iterable[SampleSource]) -> dict[str, list[list[int]]]
 
 def _checksum_source(source: ConversationFiles | WebDatasetShards) -> str:
     if isinstance(source, WebDatasetShards):
-        names = [str(tar).rpartition("/")[2] for tar in source.tars]
+        names = [shown_name(str(tar)).rpartition("/")[2] for tar in source.tars]
         return _checksum_list([names, [int(count) for count in source.sample_counts]])
     if isinstance(source.records, ParquetRecords):
         blocks = source.records.blocks

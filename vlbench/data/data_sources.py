@@ -11,7 +11,7 @@ from vlbench.data.chosen_samples import take_part
 from vlbench.data.conversation_files import ConversationFiles
 from vlbench.data.large_scene_dataset import LargeSceneCaptions, LargeSceneConversations
 from vlbench.data.parquet_files import iterate_parquet_files
-from vlbench.data.remote_shards import is_url
+from vlbench.data.remote_shards import is_url, shown_name
 from vlbench.data.sample import SampleSource
 from vlbench.data.scene_dataset import SceneCaptions, SceneConversations
 from vlbench.data.shard_list import SHARD_LIST_FILE, is_tar
@@ -57,7 +57,8 @@ def open_stage_sources(
 
 def _describe_failure(problem: str, part: MixtureSource) -> str:
     """Return why a source cannot be opened, with its name and what it needs."""
-    named = problem if part.train in problem else f"data {part.train}: {problem}"
+    source = shown_name(part.train)
+    named = problem if source in problem else f"data {source}: {problem}"
     end = "" if named.endswith(("?", ".")) else "."
     return f"{named}{end} It needs: {part.needs}" if part.needs else named
 
@@ -71,8 +72,8 @@ def _open_part(
     if part.prompts and stage_data.stage.sample_format == "caption":
         name = stage_data.stage_name
         raise UserError(
-            f"data {part.train}: has prompts, and stage {name} learns captions without a question; "
-            f"leave them out, or give stages.{name}.sample_format=chat"
+            f"data {shown_name(part.train)}: has prompts, and stage {name} learns captions "
+            f"without a question; leave them out, or give stages.{name}.sample_format=chat"
         )
     return take_part(base, part, stage_data.seed)
 

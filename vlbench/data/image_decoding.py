@@ -35,6 +35,8 @@ _MODE_BYTES = {"RGB": 0, "1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2, "I;16L":
 _STRIP_PIXELS = 1 << 20  # of 16-bit gray that are scaled at once
 SIDEWAYS = (5, 6, 7, 8)  # EXIF orientations that exchange width and height
 _TILE_WIDTH, _TILE_HEIGHT = 322, 323  # tags of a TIFF
+_JPEG_2000_START, _JPEG_2000_END = b"\xff\x4f\xff\x51", b"\xff\xd9"
+"""Markers of ISO/IEC 15444-1, A.2: how a codestream begins (SOC, SIZ), and its end (EOC)."""
 
 
 def decode_rgb(
@@ -49,6 +51,8 @@ def decode_rgb(
     with open_header(source, name, max_pixels) as image:
         if draft_side:
             image.draft(None, _reduced_size(image.size, draft_side))
+        if image.format == "JPEG2000":
+            _check_codestream_end(source)
         return _convert_rgb(image)
 
 
@@ -167,6 +171,19 @@ def _decoding_bytes(image: Image.Image) -> int:
     tags = getattr(image, "tag_v2", {})  # a tile of a TIFF is decoded whole, whatever is used of it
     tile = int(tags.get(_TILE_WIDTH, 0)) * int(tags.get(_TILE_HEIGHT, 0))
     return max(image.width * image.height, tile) * per_pixel
+
+
+def _check_codestream_end(source: BinaryIO | BytesIO) -> None:
+    """Refuse a JPEG 2000 without its last marker: where a tile ends, its decoder sees no cut.
+
+    What a cut left out would be black. No packet has the marker's two bytes in it.
+    """
+    position = source.tell()
+    source.seek(0)
+    content = source.read(MAX_IMAGE_BYTES)
+    source.seek(position)
+    if content.find(_JPEG_2000_END, max(0, content.find(_JPEG_2000_START))) < 0:
+        raise UserError("cannot be read, it is broken or cut off (its last marker is missing)")
 
 
 def _too_large_message(described: str, max_pixels: int) -> str:

@@ -23,7 +23,14 @@ from pathlib import Path
 from typing import IO, Any, overload
 
 from vlbench.data import record_files
-from vlbench.data.remote_shards import file_exists, is_url, read_whole_file, remote_file_size
+from vlbench.data.remote_shards import (
+    append_name,
+    file_exists,
+    is_url,
+    read_whole_file,
+    remote_file_size,
+    shown_name,
+)
 from vlbench.errors import UserError
 from vlbench.regular_files import MAX_RECORDS_BYTES, format_bytes, open_regular, read_regular_text
 from vlbench.text_files import (
@@ -64,7 +71,7 @@ index of version 1)."""
 
 def index_path(tar: str) -> str:
     """Return the file of a shard's index."""
-    return f"{tar}.index"
+    return append_name(tar, ".index")
 
 
 def file_stamp(tar: str) -> FileStamp | None:
@@ -185,9 +192,10 @@ def _parse_location(offset: int, size: int, header_crc: int | None = None) -> Me
 
 def _load_remote_index(tar: str) -> TarScan:
     """Return the index of a URL, which must exist; one of version 1 has no header line."""
-    path = index_path(tar)
+    path, name = index_path(tar), shown_name(tar)
     if not file_exists(path):
-        raise UserError(f"{tar}: has no {path}, which shards by URL need: pack writes it")
+        missing = shown_name(path)
+        raise UserError(f"{name}: has no {missing}, which shards by URL need: pack writes it")
     content = read_whole_file(path, MAX_RECORDS_BYTES).decode("utf-8", "replace")
     first_line, _, rest = content.partition("\n")
     try:
@@ -196,11 +204,11 @@ def _load_remote_index(tar: str) -> TarScan:
         header = _parse_header(first_line)
         scan = _parse_index(header, rest)
     except ValueError as error:
-        raise UserError(f"{path}: is not an index of shards ({error})") from error
+        raise UserError(f"{shown_name(path)}: is not an index of shards ({error})") from error
     size = remote_file_size(tar)
     if size is not None and size > header["size"]:  # a truncated one fails sample by sample
         raise UserError(
-            f"{tar}: has {size} bytes and its index is of one with {header['size']}: make the "
+            f"{name}: has {size} bytes and its index is of one with {header['size']}: make the "
             "index anew, by reading a copy of the shard, or with pack"
         )
     return scan

@@ -7,7 +7,7 @@ import re
 
 from braceexpand import braceexpand
 
-from vlbench.data.remote_shards import file_exists, is_url
+from vlbench.data.remote_shards import file_exists, is_url, shown_name
 from vlbench.errors import UserError
 
 MAX_PATTERN_FILES = 1_000_000  # LAION-5B has some 600,000 tar files of 10,000 samples
@@ -22,23 +22,26 @@ def expand_shard_pattern(pattern: str) -> list[str]:
     Those of a `*`, which is none in a URL, are in the order of their names; `**` is folders of any
     depth.
     """
+    name = shown_name(pattern)
     if "*" in pattern and not is_url(pattern):
         tars = sorted(glob.glob(pattern, recursive=True))
         if not tars:
-            raise UserError(f"data {pattern}: there is no such file")
+            raise UserError(f"data {name}: there is no such file")
         return tars
     if (count := count_pattern_files(pattern)) > MAX_PATTERN_FILES:
         raise UserError(
-            f"data {pattern}: names {count:,} files; at most {MAX_PATTERN_FILES:,} are allowed"
+            f"data {name}: names {count:,} files; at most {MAX_PATTERN_FILES:,} are allowed"
         )
     try:
         tars = list(braceexpand(pattern))
     except ValueError:  # UnbalancedBracesError
         reason = "unbalanced braces; expected dir/{000000..000123}.tar"
-        raise UserError(f"data {pattern}: {reason}") from None
+        raise UserError(f"data {name}: {reason}") from None
     missing = [tar for tar in tars if not file_exists(tar)]
     if missing:
-        raise UserError(f"data {pattern}: there is no {missing[0]} ({len(missing)} are missing)")
+        raise UserError(
+            f"data {name}: there is no {shown_name(missing[0])} ({len(missing)} are missing)"
+        )
     return tars
 
 

@@ -31,7 +31,7 @@ from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.image_size import partial_image_size
 from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
 from vlbench.data.record_files import unique_keys
-from vlbench.data.remote_shards import is_url, read_byte_range
+from vlbench.data.remote_shards import is_url, read_byte_range, shown_name
 from vlbench.data.sample import Sample
 from vlbench.data.shard_image_names import ShardImageNames, is_image_member
 from vlbench.data.shard_index import (
@@ -74,7 +74,7 @@ class TarImage:
     @property
     def name(self) -> str:
         """The tar file and the name of the member."""
-        return f"{self.tar}: {self.member_name}"
+        return f"{shown_name(self.tar)}: {self.member_name}"
 
     def open(self) -> Image.Image:
         """Return it in RGB, or raise a UserError with the name."""
@@ -102,11 +102,11 @@ class WebDatasetShards:
         Both may be URLs. For a pattern, `notes` has a line for each kind of member that is left
         out.
         """
-        self.name = str(location)
+        self.name = shown_name(str(location))
         self.notes: list[str] = []
         self._truncated_samples: list[BadSample] = []
-        listed = read_shard_list(self.name)
-        self.tars, self.sample_counts = listed or self._list_matching_tars()
+        listed = read_shard_list(str(location))
+        self.tars, self.sample_counts = listed or self._list_matching_tars(str(location))
         self._shard_ends = np.cumsum(self.sample_counts)
         self._pass_orders = RecentOrders[ShardShuffle]()
 
@@ -158,7 +158,7 @@ class WebDatasetShards:
         shard = self.shard_of(index)
         tar = self.tars[shard]
         entry_index = index - (int(self._shard_ends[shard - 1]) if shard else 0)
-        name = f"{Path(tar).name} {entry_index}"
+        name = f"{Path(shown_name(tar)).name} {entry_index}"
         try:
             _check_opens(tar)
             scan = _cached_index(tar, file_stamp(tar))
@@ -169,21 +169,23 @@ class WebDatasetShards:
         if entry_index < len(scan.entries):
             return _make_sample(tar, scan.entries[entry_index])
         if scan.fault:
-            raise BadSample(name, f"{tar}: {scan.fault}")
+            raise BadSample(name, f"{shown_name(tar)}: {scan.fault}")
         origin = "it had when it was opened" if is_tar(self.name) else f"{SHARD_LIST_FILE} says"
         counts = f"{len(scan.entries)} samples, and {origin} {self.sample_counts[shard]}"
-        raise BadSample(name, f"{tar} has {counts}")
+        raise BadSample(name, f"{shown_name(tar)} has {counts}")
 
-    def _list_matching_tars(self) -> tuple[list[str], list[int]]:
+    def _list_matching_tars(self, pattern: str) -> tuple[list[str], list[int]]:
         """Return the tar files of a pattern and their numbers of samples; record their faults."""
-        tars, counts = expand_shard_pattern(self.name), []
+        tars, counts = expand_shard_pattern(pattern), []
         left_out: Counter[str] = Counter()
         for tar, summary in zip(tars, load_summaries(self.name, tars), strict=True):
             count, left_out_of_tar, fault = summary
             counts.append(count)
             left_out += left_out_of_tar
             if fault:  # counts as one bad sample, the last
-                bad = BadSample(f"{Path(tar).name} {count - 1}", f"{tar}: {fault}")
+                bad = BadSample(
+                    f"{Path(shown_name(tar)).name} {count - 1}", f"{shown_name(tar)}: {fault}"
+                )
                 self._truncated_samples.append(bad.with_origin(self.name, sum(counts)))
         if not sum(counts):
             others = f"; it holds {_describe_left_out(left_out)}" if left_out else ""
@@ -220,7 +222,7 @@ def _cached_index(tar: str, tar_stamp: FileStamp | None) -> TarScan | str:
 def _make_sample(tar: str, entry: ShardEntry) -> Sample:
     """Return the sample of an entry: a record in LLaVA's format, or an image and its caption."""
     members = entry.members
-    name = f"{Path(tar).name}/{entry.key}"
+    name = f"{Path(shown_name(tar)).name}/{entry.key}"
     try:
         record = {}
         if "json" in members:
@@ -313,7 +315,7 @@ def _check_opens(tar: str) -> None:
     """Raise a UserError for a shard that cannot be opened."""
     problem = _open_failure(tar)
     if problem:
-        raise UserError(f"{tar}: {problem}")
+        raise UserError(f"{shown_name(tar)}: {problem}")
 
 
 @functools.lru_cache(maxsize=1 << 16)
@@ -335,12 +337,12 @@ def _open_failure(tar: str) -> str:
             problem = f"cannot be opened in {READ_TRIES} tries ({error.strerror})"
             has_failed = not isinstance(error, FileNotFoundError | PermissionError)
         except UserError as error:
-            problem = f"{str(error).removeprefix(f'{tar}: ')}, tried {READ_TRIES} times"
+            problem = f"{str(error).removeprefix(f'{shown_name(tar)}: ')}, tried {READ_TRIES} times"
             has_failed = is_url(tar) and not isinstance(error.__cause__, FileNotFoundError)
         if attempt < READ_TRIES - 1:
             time.sleep(RETRY_SECONDS)
     if has_failed:
-        raise UserError(f"{tar}: {problem}")
+        raise UserError(f"{shown_name(tar)}: {problem}")
     return problem
 
 
@@ -349,21 +351,22 @@ def read_member(tar: str, offset: int, size: int, header_crc: int | None = None)
 
     With `header_crc` the header before them must have that checksum.
     """
+    name = shown_name(tar)
     if offset < 0 or not 0 <= size <= MAX_IMAGE_BYTES:
         raise UserError(
-            f"{tar}: has a member of {size} bytes at byte {offset}; one is read as a whole, so at "
+            f"{name}: has a member of {size} bytes at byte {offset}; one is read as a whole, so at "
             f"most {format_bytes(MAX_IMAGE_BYTES)} are allowed"
         )
     header_bytes = BLOCK_BYTES if header_crc is not None else 0
     header_offset = offset - header_bytes
     data = _read_tar_range(tar, header_offset, size + header_bytes)
     if len(data) < size + header_bytes:
-        raise UserError(f"{tar}: is truncated, it ends before byte {offset + size}")
+        raise UserError(f"{name}: is truncated, it ends before byte {offset + size}")
     if header_crc is not None and zlib.crc32(data[:header_bytes]) != header_crc:
+        index = shown_name(index_path(tar))
         remedy = "make it anew" if is_url(tar) else "remove it, and it is made anew"
         raise UserError(
-            f"{tar}: is another file than {index_path(tar)} was made of (byte {header_offset}): "
-            f"{remedy}"
+            f"{name}: is another file than {index} was made of (byte {header_offset}): {remedy}"
         )
     return data[header_bytes:]
 
@@ -377,4 +380,4 @@ def _read_tar_range(tar: str, offset: int, size: int) -> bytes:
             file.seek(offset)
             return file.read(size)
     except OSError as error:
-        raise UserError(f"{tar}: cannot be read ({error.strerror})") from error
+        raise UserError(f"{shown_name(tar)}: cannot be read ({error.strerror})") from error

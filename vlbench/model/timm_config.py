@@ -119,6 +119,9 @@ def read_timm_config(folder: Path) -> TimmConfig:
     channels = model_args.get("in_chans", 3)
     if channels != 3:
         raise UserError(f"{file}: in_chans is {channels!r}; images here have 3 channels")
+    heads = model_args.get("num_heads", 1)
+    if isinstance(heads, int) and heads < 1:  # timm builds a model with -1 heads
+        raise UserError(f"{file}: num_heads is {heads}; wanted is a whole number from 1")
     image_size = _read_image_size(model_args.get("img_size") or pixels.get("input_size"), file)
     check_image_grid(image_size, model_args.get("patch_size", 14), file)
     crop_mode = pixels.get("crop_mode") or "center"

@@ -21,7 +21,11 @@ from vlbench.compat.vision_internals import build_open_clip_encoder
 from vlbench.config.key_types import MAX_IMAGE_SIZE
 from vlbench.data.image_processing import INTERPOLATIONS
 from vlbench.errors import UserError, suggest_name
-from vlbench.model.weights.processor_values import FIXED_PIXEL_VALUES, check_fixed_values
+from vlbench.model.weights.processor_values import (
+    FIXED_PIXEL_VALUES,
+    check_fixed_values,
+    parse_resample,
+)
 from vlbench.text_files import read_json, write_atomically
 
 MINIATURES_FOLDER = Path(__file__).parents[1] / "miniatures"
@@ -208,6 +212,9 @@ def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) ->
         named_config,
         mean=parse_rgb_stats(mean, "image_mean", file) if mean else named_config.mean,
         std=parse_rgb_stats(std, "image_std", file) if std else named_config.std,
+        interpolation=(
+            parse_resample(said, file) if "resample" in said else named_config.interpolation
+        ),
         projection=False,
     )
 

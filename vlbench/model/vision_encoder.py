@@ -327,7 +327,7 @@ def build_encoder_from_config(
             "patches); those that work are open_clip's ViT-* and EVA* models and timm's ViTs, for "
             "example ViT-H-14, EVA02-L-14-336 or timm/vit_base_patch14_reg4_dinov2.lvd142m"
         )
-    if 0 in encoder_grid(visual):
+    if min(encoder_grid(visual)) < 1:  # negative where its file has a negative image_size
         raise UserError(
             f"vision.name is '{name}', which cannot be built (its images of "
             f"{encoder_image_size(visual)} pixels are smaller than a patch)"

@@ -116,10 +116,10 @@ def _refuse_other_resizing(vlm: LoadedVLM, layout: ExportFormat, source: Path) -
     """Refuse to write images that the layout does not resize so; transformers' may be squashed."""
     transform = vlm.processor.transform
     may_squash = layout in ("hf_llava", "hf_llava_next")
-    if transform.interpolation != "bicubic" or (transform.squash and not may_squash):
+    if transform.squash and not may_squash:
         raise UserError(
-            f"images of {source} are {transform.describe()}; format={layout} holds bicubic "
-            "resizing to a padded or cropped square alone: say format=vlbench"
+            f"images of {source} are {transform.describe()}; format={layout} holds resizing to a "
+            "padded or cropped square alone: say format=vlbench"
         )
 
 

@@ -45,6 +45,7 @@ from vlbench.model.weights.llava_projector import (
     projector_tensor_name,
     require_projector,
 )
+from vlbench.model.weights.processor_values import RESAMPLE_CODES
 from vlbench.model.weights.release_files import collect_part_states
 from vlbench.model.weights.tensor_files import cast_floating
 from vlbench.text_files import format_json, read_config_bytes, read_json
@@ -296,5 +297,5 @@ def _build_image_processor(transform: ImageTransform) -> Any:
         crop_size={"height": transform.crop, "width": transform.crop},
         image_mean=list(transform.mean),
         image_std=list(transform.std),
-        resample=3,
+        resample=RESAMPLE_CODES[transform.interpolation],
     )

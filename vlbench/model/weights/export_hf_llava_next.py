@@ -30,6 +30,7 @@ from vlbench.model.weights.export_hf_llava import (
     write_llava_folder,
 )
 from vlbench.model.weights.hf_llava_next_layout import LAYOUT_NAME, NEWLINE_TENSORS
+from vlbench.model.weights.processor_values import RESAMPLE_CODES
 
 WANTED_SETTINGS: dict[str, object] = {"grid": "llava_next", "thumbnail": True, "tags": "newline"}
 """Of `vision.tiling`: what this layout has alone."""
@@ -52,7 +53,7 @@ def write_hf_llava_next(vlm: LoadedVLM, folder: Path, dtype: torch.dtype | None)
         crop_size={"height": side, "width": side},
         image_mean=list(transform.mean),
         image_std=list(transform.std),
-        resample=3,
+        resample=RESAMPLE_CODES[transform.interpolation],
         image_grid_pinpoints=pinpoints,
     )
     variant = LlavaVariant(

@@ -17,7 +17,7 @@ from vlbench.model.decoder_families import family_label
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights import clip_layouts, template_detection, yi_vl_layout
 from vlbench.model.weights.llava_projector import projector_depth_and_norm, require_projector
-from vlbench.model.weights.processor_values import FIXED_PROCESSOR_VALUES
+from vlbench.model.weights.processor_values import FIXED_PROCESSOR_VALUES, RESAMPLE_CODES
 from vlbench.model.weights.release_files import (
     LLAMA_CONFIG_KEYS,
     collect_part_states,
@@ -138,6 +138,8 @@ def _update_release_files(
     preprocess = parse_preprocess_config(read_json(file), file, True)
     if (preprocess["resize"], preprocess["crop"]) != (transform.size, transform.crop):
         _update_json_file(file, processor_sizes(transform))
+    if preprocess["interpolation"] != transform.interpolation:
+        _update_json_file(file, {"resample": RESAMPLE_CODES[transform.interpolation]})
 
 
 def _written_dtype_name(module: nn.Module, dtype: torch.dtype | None) -> str:
@@ -217,7 +219,7 @@ def _processor_config(transform: ImageTransform) -> dict[str, Any]:
         "image_mean": list(transform.mean),
         "image_processor_type": "CLIPImageProcessor",
         "image_std": list(transform.std),
-        "resample": 3,
+        "resample": RESAMPLE_CODES[transform.interpolation],
         "rescale_factor": 1 / 255,
         **processor_sizes(transform),
     }

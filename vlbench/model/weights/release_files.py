@@ -26,7 +26,11 @@ from vlbench.model.language_model import check_language_config
 from vlbench.model.view_tokens import NEWLINE_NAME, newline_of
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import vision_layouts
-from vlbench.model.weights.processor_values import FIXED_PROCESSOR_VALUES, check_fixed_values
+from vlbench.model.weights.processor_values import (
+    FIXED_PROCESSOR_VALUES,
+    check_fixed_values,
+    parse_resample,
+)
 from vlbench.model.weights.tensor_groups import (
     TensorGroup,
     load_language_state,
@@ -58,8 +62,8 @@ class ReleaseSpec:
     vision_layer: int
     """Block of the vision encoder whose output is used, as `vision.layer` of a recipe."""
     preprocess: dict[str, Any]
-    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square); may have
-    `fit`, as `VisionEncoder` takes it."""
+    """mean, std, resize (shortest edge, pixels), crop (side, pixels), pad (to a square),
+    interpolation; may have `fit`, as `VisionEncoder` takes it."""
     projector_depth: int
     """Linear layers of the projector."""
     projector_norm: bool
@@ -136,6 +140,7 @@ def parse_preprocess_config(config: Mapping[str, Any], file: Path, pad: bool) ->
         "resize": _parse_side_length(config["size"], "size", file),
         "crop": _parse_side_length(config["crop_size"], "crop_size", file),
         "pad": pad,
+        "interpolation": parse_resample(config, file),
     }
     return preprocess | ({"fit": "squash"} if squash else {})
 
