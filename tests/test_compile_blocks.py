@@ -134,6 +134,8 @@ def test_compiled_blocks_learn_the_same(name, frozen, way, one_call, graphs, mon
     own_forwards = {block for block in vlm.model.modules() if "forward" in vars(block)}
     layers, blocks = set(vlm.language.model.layers), set(vlm.vision.blocks())
     assert own_forwards == (layers if way == "none" else layers | blocks)
+    vlm.model.enable_activation_checkpointing("none")
+    assert {block for block in vlm.model.modules() if "forward" in vars(block)} == layers
 
 
 @pytest.fixture
