@@ -315,7 +315,7 @@ def test_a_broken_or_missing_image_is_named_when_it_is_opened(tmp_path):
     records = {record.id: record for record in cmmmu(data)}
     with pytest.raises(UserError, match="^record 7101: image q_07101_001.png: not an image"):
         records["7101"].images["q_07101_001.png"].open()
-    with pytest.raises(UserError, match="^record 7110: image q_07110_001.png: is empty"):
+    with pytest.raises(UserError, match="^record 7110: image q_07110_001.png: is named, and"):
         records["7110"].images["q_07110_001.png"].open()
 
 

@@ -598,7 +598,7 @@ def test_a_trainer_takes_no_signal():
 def test_a_callback_that_is_used_again_does_not_hold_a_trained_module():
     callback, module = pl.Callback(), _Regression()
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[callback])
-    trainer.fit(module, [torch.ones(1, 1)])
+    trainer.fit(module, torch.utils.data.DataLoader(torch.ones(1, 1)))
     assert callback.log.__self__ is module, "Lightning gives callbacks no `log` any more"
     lightning_internals.detach_callbacks(trainer)
     trained = weakref.ref(module)

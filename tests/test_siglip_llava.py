@@ -112,7 +112,9 @@ def test_a_folder_with_siglips_own_processor_and_its_pooling_head_is_read(source
     parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
     messages = [{"role": "user", "content": parts}]
     batch = after.prepare(messages)
-    processor: Any = AutoImageProcessor.from_pretrained(folder, backend="pil")
+    processor: Any = AutoImageProcessor.from_pretrained(
+        folder, backend="pil", trust_remote_code=False
+    )
     shown = processor(images=[picture], return_tensors="pt")["pixel_values"]
     assert (shown - batch.pixels).abs().max() <= 1e-5
     assert torch.equal(after(batch).logits, before(before.prepare(messages)).logits)

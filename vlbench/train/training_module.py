@@ -283,6 +283,7 @@ class VLMTrainingModule(pl.LightningModule):
         planned_tokens = report.supervised_tokens
         report.count_step(counts)
         if not counts.supervised_tokens:
+            optimizer.zero_grad(set_to_none=not self.keeps_gradients)
             return
         for parameter in _trained_parameters(optimizer):
             if parameter.grad is not None:
