@@ -98,17 +98,11 @@ def test_any_three_are_trained_resumed_and_exported(
     assert all(again[name].equal(whole[name]) for name in whole)
     assert main(["export", "model=run", "out=out", "format=vlbench"]) == 0
     assert answer_logits("out").equal(answer_logits("run"))
-    if encoder == "clip":  # its images are squashed, bilinear
+    if encoder == "clip":
         capsys.readouterr()
-        is_held = connector == "llava_mlp" and language != "granite"
-        assert main(["export", "model=run", "out=llava", "format=hf_llava"]) == (
-            0 if is_held else 2
-        )
+        assert main(["export", "model=run", "out=llava", "format=hf_llava"]) == 2
         told = capsys.readouterr().err
-        if is_held:
-            torch.testing.assert_close(answer_logits("llava"), answer_logits("run"))
-        else:
-            assert told.count("\n") == 1 and "transformers' LLaVA" in told
+        assert told.count("\n") == 1 and "transformers' LLaVA" in told  # it has no such connector
 
 
 def test_the_diagonal_has_every_part():
