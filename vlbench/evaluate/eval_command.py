@@ -71,12 +71,10 @@ def run_eval(asked: Sequence[EvalArguments]) -> int:
     tasks = [open_task(arguments) for arguments in asked]
     model_folder = find_model_folder(asked[0].model, "model")
     vlm = load_chosen_model(asked[0])
+    weights = f"sha256 {sample_weights(vlm.model)[:16]}"
     for arguments, task in zip(asked, tasks, strict=True):
-        model_settings = {
-            "model": str(model_folder),
-            "weights": f"sha256 {sample_weights(vlm.model)[:16]}",
-            **_chosen_settings(arguments),
-        }
+        named_model = {"model": str(model_folder), "weights": weights}
+        model_settings = {**named_model, **_chosen_settings(arguments)}
         folder = _answers_folder(task.folder_name, model_folder, arguments)
         settings = {**task.task_settings, "batch": arguments.batch, **model_settings}
         with contextlib.ExitStack() as held_locks:

@@ -29,8 +29,8 @@ def prune_checkpoints(folder: Path, keep_last_checkpoints: int) -> None:
         (position.loss, position)
         for position in positions
         if position.stage == open_stage
-        and math.isfinite(position.loss or 0)
         and position.loss is not None
+        and math.isfinite(position.loss)
     ]
     if finite:
         kept.append(min(finite, key=itemgetter(0))[1])
