@@ -24,7 +24,8 @@ from vlbench.errors import UserError
 from vlbench.model.contrastive_loss import add_contrast_pools
 from vlbench.model.fsdp_wrapping import fsdp_units
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.train.feature_cache import _encode_levels, encoder_fingerprint
+from vlbench.train.feature_cache import encoder_fingerprint
+from vlbench.train.feature_computation import encode_levels
 
 
 class Stacked(Connector):
@@ -159,7 +160,7 @@ def test_stored_features_give_the_same_loss_bit_for_bit():
         for level, again in zip(features, vlm.features(known), strict=True):
             assert level.equal(again) and again.is_contiguous()
         assert vlm(batch).loss_sum.equal(vlm(known).loss_sum)
-        assert _encode_levels(
+        assert encode_levels(
             vlm,
             torch.zeros(2, 3, 28, 28, dtype=torch.uint8),
             vlm.processor.transform.level_values(),

@@ -22,7 +22,8 @@ from vlbench.data.feature_store import FeatureShards, FeatureStore, content_key,
 from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
 from vlbench.data.scene_world import make_scene
-from vlbench.train import checkpoint_files, feature_cache, stage_runner
+from vlbench.distributed import collectives
+from vlbench.train import checkpoint_files, feature_cache, feature_computation, stage_runner
 from vlbench.train.callbacks import GracefulStop
 
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
@@ -99,7 +100,7 @@ def test_the_encoder_sees_every_image_once_whatever_the_connector(cached, tmp_pa
     cache = tmp_path / "cache"
     shutil.copytree(cached[1], cache)
     computed = []
-    monkeypatch.setattr(feature_cache, "_compute_features", lambda *_: computed.append(1))
+    monkeypatch.setattr(feature_computation, "encode_levels", lambda *_: computed.append(1))
     run(tmp_path / "linear", "connector.name=linear", f"trainer.feature_cache={cache}")
     assert not computed and len(shards(cache)) == 2
 
@@ -132,9 +133,9 @@ def test_images_and_shards_are_read_without_the_lock(cached, tmp_path, monkeypat
     cache, locks, read, checked = tmp_path / "cache", [], [], []
 
     class Lock(FileLock):
-        def __enter__(self):
+        def acquire(self, *given, **named):
             locks.append(self)
-            return super().__enter__()
+            return super().acquire(*given, **named)
 
     def recorded(real, held):
         def call(*given):
@@ -163,8 +164,8 @@ def test_a_shard_that_was_written_anew_is_not_deleted(tmp_path):
     feature_shards.write_shard(images, torch.ones(2, 3, 4))
     whole, (path,) = shards(tmp_path)[0].read_bytes(), shards(tmp_path)
     path.write_bytes(whole[:-9])
-    damaged = feature_shards.find_damaged()
-    assert damaged == [path]
+    damaged = feature_shards.find_damaged(lambda name: True)
+    assert damaged == {path.name} and not feature_shards.find_damaged(lambda name: False)
     path.write_bytes(whole)  # by a process that had the lock
     feature_shards.delete_damaged(damaged)
     assert feature_shards.locate_features() == {key: (path.name, n) for n, key in enumerate(images)}
@@ -175,7 +176,7 @@ def test_a_shard_that_was_written_anew_is_not_deleted(tmp_path):
 
 def test_a_run_that_is_asked_to_stop_does_not_compute_the_rest(plain, tmp_path, monkeypatch):
     real, cache = GracefulStop.is_stop_requested, tmp_path / "cache"
-    monkeypatch.setattr(feature_cache, "VIEWS_PER_CHUNK", 4)
+    monkeypatch.setattr(feature_computation, "VIEWS_PER_CHUNK", 4)
     monkeypatch.setattr(
         GracefulStop,
         "is_stop_requested",
@@ -226,7 +227,7 @@ def test_another_encoder_has_another_folder(cached):
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(
-        feature_cache.shutil,
+        feature_computation.shutil,
         "disk_usage",
         lambda _: shutil._ntuple_diskusage(10**9, 10**9 - 1000, 1000),
     )
@@ -239,8 +240,8 @@ def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsy
 
 def test_a_disk_that_fills_up_loses_nothing(plain, tmp_path, monkeypatch, capsys):
     words = [*SHORT, *FROZEN, f"run={tmp_path / 'run'}", f"trainer.feature_cache={tmp_path / 'c'}"]
-    monkeypatch.setattr(feature_cache, "SHARD_BYTES", 1)
-    monkeypatch.setattr(feature_cache, "VIEWS_PER_CHUNK", 2)
+    monkeypatch.setattr(feature_computation, "SHARD_BYTES", 1)
+    monkeypatch.setattr(feature_computation, "VIEWS_PER_CHUNK", 2)
     written = []
 
     def fills_up(tensors, path):
@@ -345,6 +346,43 @@ def test_sharded_stages_do_without_and_say_so(tmp_path, monkeypatch, capsys):
     assert "trainer.feature_cache is not used: with fsdp2" in capsys.readouterr().err
 
 
+def test_processes_divide_what_is_missing(monkeypatch):
+    """Three have shares of about the same size, which are all of it together."""
+    shares = []
+    monkeypatch.setattr(collectives, "world_size", lambda: 3)
+    for rank in range(3):
+        monkeypatch.setattr(collectives, "rank", lambda rank=rank: rank)
+        shares.append({n for n in range(3000) if feature_cache._is_own_text(f"({n}, 0)")})
+    assert set.union(*shares) == set(range(3000)) and sum(map(len, shares)) == 3000
+    assert min(map(len, shares)) > 800
+
+
+def test_features_on_the_disk_of_another_machine_are_computed_here_too(tmp_path, monkeypatch):
+    """Two processes that share no disk: the other one's share is missing in this one's folder."""
+    images = {make_scene("disks", 0, number): [bytes([number]) * 16] for number in range(6)}
+    shards, computed = FeatureShards(tmp_path), []
+
+    def compute(_vlm, missing, *_):
+        computed.append(len(missing))
+        keys = [key for of_image in missing for key in of_image]
+        return shards.write_shard(keys, torch.ones(len(keys), 2, 2)) if keys else {}
+
+    def gather(value):
+        if isinstance(value, dict):  # what the other one has computed, in a shard that is not here
+            rest = (key for [key] in images.values() if key not in value)
+            return [value, {key: ("0.safetensors", row) for row, key in enumerate(rest)}]
+        return [value, value]
+
+    monkeypatch.setattr(collectives, "world_size", lambda: 2)
+    monkeypatch.setattr(collectives, "all_gather_objects", gather)
+    monkeypatch.setattr(feature_cache, "compute_features", compute)
+    monkeypatch.setattr(feature_cache, "check_disk_space", lambda *_: None)
+    cache = feature_cache._SharedCache(None, tmp_path, shards, None, 0, lambda: False)
+    assert cache.locate_or_compute(images) == shards.locate_features()
+    assert sorted(shards.locate_features()) == sorted(key for [key] in images.values())
+    assert computed == [3, 3]
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
 def test_two_processes_with_a_cache_have_the_losses_of_those_without(strategy, tmp_path):
@@ -358,12 +396,16 @@ def test_two_processes_with_a_cache_have_the_losses_of_those_without(strategy, t
     (tmp_path / "data.json").write_text(json.dumps(records))
     words = ["recipe=yivl_llava", "only=chat", *FROZEN, *QUIET, TWO, f"trainer.strategy={strategy}"]
     words += [f"data.train={tmp_path / 'data.json'}", f"data.images={tmp_path}", "data.workers=0"]
-    words += ["stages.chat.global_batch_size=2", "stages.chat.image_size=56", "stages.chat.steps=4"]
+    words += ["stages.chat.global_batch_size=2", "stages.chat.image_size=56", "stages.chat.steps=6"]
     runs = {"plain": (), "cached": (f"trainer.feature_cache={tmp_path / 'cache'}",)}
     commands = [
         FitCommand((*words, f"run={tmp_path / name}", *more)) for name, more in runs.items()
     ]
     assert run_in_two_processes(commands, seconds=120) == [(0, 0)] * 2
     plain, cached = (read_losses(tmp_path / name) for name in runs)
-    assert len(plain) == 4 and cached == pytest.approx(plain, rel=1e-5)
-    assert bool(shards(tmp_path / "cache")) == (strategy == "ddp")
+    assert len(plain) == 6 and cached == pytest.approx(plain, rel=1e-5)
+    written = [load_file(path)["keys"].tolist() for path in shards(tmp_path / "cache")]
+    keys = [tuple(key) for of_shard in written for key in of_shard]
+    # each process has computed its share, and nothing twice
+    counts = (2, 6, 6) if strategy == "ddp" else (0, 0, 0)
+    assert (len(written), len(keys), len(set(keys))) == counts

@@ -74,6 +74,18 @@ def test_an_id_that_is_there_once_stays_as_it_is(write, model, tmp_path):
     }
 
 
+def test_an_id_that_looks_like_one_with_a_number_is_kept_apart(write, model, tmp_path):
+    file = write([record(0), record(1), record(2, "same#2"), record(3, "same#1")])
+    assert main(["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}"]) == 0
+    asked = {one["id"]: one["answer"][0] for one in lines(tmp_path / "out/scored.jsonl")}
+    assert asked == {
+        "same#1#2/1": "answer 0",
+        "same#2#2/1": "answer 1",
+        "same#2/1": "answer 2",
+        "same#1/1": "answer 3",
+    }
+
+
 def test_an_exam_from_before_records_were_numbered_goes_on(write, model, tmp_path):
     file = write([record(n, str(n)) for n in range(6)])
     words = ["eval", f"model={model}", f"data={file}", f"out={tmp_path / 'out'}", "batch=2"]

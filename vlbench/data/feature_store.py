@@ -17,7 +17,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -80,14 +80,19 @@ class FeatureShards:
     def __getstate__(self) -> dict[str, Any]:  # memory maps cannot be pickled for a worker
         return {"folder": self.folder, "_open": {}}
 
-    def find_damaged(self) -> list[Path]:
-        """Return the damaged shards; all features are read for it."""
-        return [path for path in self._list_shards() if _is_damaged(path)]
+    def find_damaged(self, is_checked: Callable[[str], bool]) -> set[str]:
+        """Return the names of damaged shards of those to be checked; all they hold is read."""
+        names = (path.name for path in self._list_shards())
+        return {name for name in filter(is_checked, names) if self._is_damaged(name)}
 
-    def delete_damaged(self, damaged: Sequence[Path]) -> None:
+    def delete_damaged(self, damaged: Iterable[str]) -> None:
         """Delete shards that `find_damaged` has found, unless they have been written anew since."""
-        for path in filter(_is_damaged, damaged):
-            path.unlink(missing_ok=True)
+        for name in filter(self._is_damaged, damaged):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def has_shard(self, shard_name: str) -> bool:
+        """Tell whether a shard is here; those of another machine may be on its own disk."""
+        return (self.folder / shard_name).is_file()
 
     def locate_features(self) -> FeatureLocations:
         """Return shard and row of every stored image, without a look at the features."""
@@ -126,22 +131,21 @@ class FeatureShards:
         self._open.pop(name, None)
         return {key: (name, row) for row, key in enumerate(keys)}
 
+    def _is_damaged(self, shard_name: str) -> bool:
+        """Tell whether anything in a shard is damaged, or the shard is gone."""
+        try:
+            with safe_open(self.folder / shard_name, framework="pt") as file:
+                features, sums = file.get_tensor("features"), file.get_tensor("sums")
+                file.get_tensor("keys")
+        except (SafetensorError, OSError):
+            return True
+        written: list[int] = sums.tolist()
+        return [feature_checksum(row) for row in features] != written
+
     def _open_shard(self, shard_name: str) -> Any:
         if shard_name not in self._open:
             self._open[shard_name] = safe_open(self.folder / shard_name, framework="pt")
         return self._open[shard_name]
-
-
-def _is_damaged(path: Path) -> bool:
-    """Tell whether anything in a shard is damaged, or the shard is gone."""
-    try:
-        with safe_open(path, framework="pt") as file:
-            features, sums = file.get_tensor("features"), file.get_tensor("sums")
-            file.get_tensor("keys")
-    except (SafetensorError, OSError):
-        return True
-    written: list[int] = sums.tolist()
-    return [feature_checksum(row) for row in features] != written
 
 
 def feature_checksum(features: Tensor) -> int:

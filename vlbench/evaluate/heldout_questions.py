@@ -5,8 +5,9 @@ Also the two controls: the same questions with blank images, and with the images
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from vlbench.config.data_schema import DataConfig
@@ -256,19 +257,26 @@ def make_ids_unique(questions: Sequence[EvalQuestion]) -> list[EvalQuestion]:
     """Return the questions with unique ids: one that occurs several times gets its record number.
 
     Several records of a user's data may have the same id; `7/1` of the third record then becomes
-    `7#3/1`.
+    `7#3/1`, or `7#3#2/1` where another record is named `7#3`.
     """
     counts = Counter(question.sample.id for question in questions)
-    return [
-        question if counts[question.sample.id] == 1 else _add_record_to_id(question)
-        for question in questions
-    ]
+    taken = {name for name, count in counts.items() if count == 1}
+    unique = []
+    for question in questions:
+        if counts[question.sample.id] > 1:
+            question = _with_new_id(question, taken)
+            taken.add(question.sample.id)
+        unique.append(question)
+    return unique
 
 
-def _add_record_to_id(question: EvalQuestion) -> EvalQuestion:
+def _with_new_id(question: EvalQuestion, taken: Collection[str]) -> EvalQuestion:
+    """Return a question with the number of its record in its id, which is not one of `taken`."""
     name, _, turn = question.sample.id.rpartition("/")
-    sample = replace(question.sample, id=f"{name}#{question.record_number}/{turn}")
-    return replace(question, sample=sample)
+    numbered = f"{name}#{question.record_number}"
+    ends = itertools.chain([""], (f"#{number}" for number in itertools.count(2)))
+    new_id = next(one for end in ends if (one := f"{numbered}{end}/{turn}") not in taken)
+    return replace(question, sample=replace(question.sample, id=new_id))
 
 
 def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]:

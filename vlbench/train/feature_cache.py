@@ -1,49 +1,45 @@
 """The features of a frozen vision encoder, computed once before a stage and cached in a folder.
 
 They belong to the encoder's weights, the image transform, the device and the precision: a change in
-any of these leads to another subfolder of the cache.
+any of these leads to another subfolder of the cache. The processes of a run divide the work: each
+hashes its share of the images, checks its share of the shards and computes its share of what is
+missing. Which share is whose follows from data and contents, not from what a process finds on the
+disk: processes whose views of a network disk differ cannot mix up images.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-import itertools
 import json
-import shutil
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import lightning.pytorch as pl
 import torch
 from filelock import FileLock
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
-from tqdm import tqdm
 
-from vlbench.compat.lightning_internals import autocast_context, trainer_device
-from vlbench.connector.levels import stack_levels
+from vlbench.compat.lightning_internals import trainer_device
 from vlbench.data.batch_sampler import StepDataset
 from vlbench.data.feature_store import FeatureLocations, FeatureShards, FeatureStore, view_keys
-from vlbench.data.image_processing import ImageTransform
-from vlbench.data.image_tiling import Grid
-from vlbench.data.native_aspect import NativeImage
-from vlbench.data.packing import normalize_levels
 from vlbench.data.sample import LazyImage
-from vlbench.distributed.launcher import isolate_data_worker
+from vlbench.distributed import collectives
 from vlbench.errors import BadSample, EnvironmentFailure, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.system_errors import FULL_DISK_REASONS
-from vlbench.train import run_report
+from vlbench.train.feature_computation import ImagesByKeys, check_disk_space, compute_features
 
 READER_THREADS = 16  # image files that are read at once, to hash their content
-VIEWS_PER_CHUNK = 32  # views of images in a forward pass of the encoder
-SHARD_BYTES = 2**28  # of features in a shard, the most that an interruption loses
-_KeyedPixels = list[tuple[bytes, Tensor, Grid | None]]
-"""The views of an image: their keys, their uint8 pixels `[3, height, width]`, and rows and columns
-of patches where the image keeps its aspect ratio."""
+K = TypeVar("K")
+T = TypeVar("T")
+_Place = tuple[int, int]
+"""Where a stage first shows an image: the position of the sample, and the image's index in it."""
 
 
 def cache_features(
@@ -55,6 +51,8 @@ def cache_features(
     should_stop: Callable[[], bool],
 ) -> FeatureStore:
     """Return the features of all images of `steps`; those that `folder` lacks are computed.
+
+    All processes of a run have to call it.
 
     Args:
         vlm: The model whose vision encoder is frozen, and its image transform.
@@ -71,34 +69,119 @@ def cache_features(
     """
     device = trainer_device(trainer)
     subfolder = folder / encoder_fingerprint(vlm, f"{device.type} {trainer.precision}")
-    try:
-        subfolder.mkdir(parents=True, exist_ok=True)
-        for encoder in vlm.vision.encoders():
-            encoder.to(device)
-        # images and shards are read before the lock: all processes of a run read them at once
-        keys = dict(_keyed_images(steps))
-        shards = FeatureShards(subfolder)
-        damaged, locations = shards.find_damaged(), shards.locate_features()
-        if damaged or _missing_images(keys, locations):
-            with FileLock(subfolder / ".lock"):  # others would compute the same
-                shards.delete_damaged(damaged)
-                locations = shards.locate_features()  # with what others have written meanwhile
-                missing = _missing_images(keys, locations)
-                locations |= _fill_cache(vlm, missing, shards, trainer, num_workers, should_stop)
-        known = {
-            image: [locations[key] for key in of_image]
-            for image, of_image in keys.items()
-            if all(key in locations for key in of_image)
+    cache = _SharedCache(vlm, folder, FeatureShards(subfolder), trainer, num_workers, should_stop)
+    cache.call_together(cache.prepare)
+    # images and shards are read without the lock: other runs need not wait for that
+    images = cache.list_images(steps)
+    locations = cache.locate_or_compute(images)
+    known = {
+        image: [locations[key] for key in keys]
+        for image, keys in images.items()
+        if all(key in locations for key in keys)
+    }
+    return FeatureStore(cache.shards, known)
+
+
+@dataclass
+class _SharedCache:
+    """A cache that the processes of a run fill together: all of them call its methods in turn."""
+
+    vlm: LoadedVLM
+    folder: Path  # as the user named it
+    shards: FeatureShards
+    trainer: pl.Trainer
+    num_workers: int
+    should_stop: Callable[[], bool]
+
+    def call_together(self, work: Callable[[], T]) -> T:
+        """Call a function in all processes; if it fails in one, all end and one says why."""
+        return collectives.call_on_all_ranks(lambda: self._call_with_reasons(work))
+
+    def _call_with_reasons(self, work: Callable[[], T]) -> T:
+        try:
+            return work()
+        except OSError as error:
+            if error.errno in FULL_DISK_REASONS:
+                raise EnvironmentFailure(
+                    f"{FULL_DISK_REASONS[error.errno]}: features cannot be kept in "
+                    f"{self.shards.folder}. What is kept is whole, and is used when the run goes "
+                    "on: make room, or leave trainer.feature_cache out"
+                ) from error
+            raise UserError(f"trainer.feature_cache={self.folder}: {error.strerror}") from error
+
+    def prepare(self) -> None:
+        """Make the folder, and move the encoder to its device."""
+        self.shards.folder.mkdir(parents=True, exist_ok=True)
+        for encoder in self.vlm.vision.encoders():
+            encoder.to(trainer_device(self.trainer))
+
+    def list_images(self, steps: StepDataset) -> dict[LazyImage, list[bytes]]:
+        """Return every image of a stage, in the order of training, with the keys of its views.
+
+        Images that cannot be read are left out: training meets them again and reports them.
+        """
+        places = dict(_unique_images(steps))
+        own = {place: image for image, place in places.items() if _is_own_text(f"{place}")}
+
+        def hash_images() -> dict[_Place, list[bytes]]:
+            with ThreadPoolExecutor(READER_THREADS) as pool:  # they wait for files
+                return dict(zip(own, pool.map(_view_keys_or_none, own.values()), strict=True))
+
+        keys = _gather_entries(self.call_together(hash_images))
+        return {image: keys[place] for image, place in places.items() if keys.get(place)}
+
+    def locate_or_compute(self, images: Mapping[LazyImage, Sequence[bytes]]) -> FeatureLocations:
+        """Return where the features of images are, once those that are missing are computed."""
+        own_damaged = self.call_together(lambda: self.shards.find_damaged(_is_own_text))
+        damaged = set[str]().union(*collectives.all_gather_objects(own_damaged))
+        locations = self.shards.locate_features()
+        is_incomplete = bool(damaged or _missing_images(images, locations))
+        if not any(collectives.all_gather_objects(is_incomplete)):
+            return locations
+        with self._locked_by_first_process():
+            self.call_together(lambda: self.shards.delete_damaged(damaged))
+            locations = self.shards.locate_features()  # with what other runs have written meanwhile
+            missing = _missing_images(images, locations)
+            computed = _gather_entries(self.call_together(lambda: self._compute_share(missing)))
+        here = {key: at for key, at in computed.items() if self.shards.has_shard(at[0])}
+        # without a shared disk each machine has what its own processes have computed
+        elsewhere = {
+            keys: image
+            for keys, image in missing.items()
+            if any(key in computed and key not in here for key in keys)
         }
-        return FeatureStore(shards, known)
-    except OSError as error:
-        if error.errno in FULL_DISK_REASONS:
-            raise EnvironmentFailure(
-                f"{FULL_DISK_REASONS[error.errno]}: features cannot be kept in {subfolder}. What "
-                "is kept is whole, and is used when the run goes on: make room, or leave "
-                "trainer.feature_cache out"
-            ) from error
-        raise UserError(f"trainer.feature_cache={folder}: {error.strerror}") from error
+        return locations | here | self.call_together(lambda: self._compute_alone(elsewhere))
+
+    @contextlib.contextmanager
+    def _locked_by_first_process(self) -> Iterator[None]:
+        """Keep other runs, which would compute the same, from computing."""
+        lock = FileLock(self.shards.folder / ".lock")
+        self.call_together(lambda: collectives.is_rank_zero() and bool(lock.acquire()))
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def _compute_share(self, missing: ImagesByKeys) -> FeatureLocations:
+        """Compute this process's share of what is missing."""
+        if missing:
+            check_disk_space(self.vlm, sum(map(len, missing)), self.shards, self.trainer)
+        own = {keys: image for keys, image in missing.items() if _is_own(int.from_bytes(keys[0]))}
+        return self._compute(own)
+
+    def _compute_alone(self, images: ImagesByKeys) -> FeatureLocations:
+        """Compute all of these; of the processes of a machine the first one does."""
+        if not images:
+            return {}
+        with FileLock(self.shards.folder / ".lock"):
+            stored = self.shards.locate_features()
+            absent = {keys: one for keys, one in images.items() if not stored.keys() >= {*keys}}
+            return stored | self._compute(absent)
+
+    def _compute(self, images: ImagesByKeys) -> FeatureLocations:
+        return compute_features(
+            self.vlm, images, self.shards, self.trainer, self.num_workers, self.should_stop
+        )
 
 
 def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
@@ -133,51 +216,17 @@ def _sorted_weights(vlm: LoadedVLM) -> Iterator[tuple[str, Tensor]]:
 
 
 def _missing_images(
-    keys: Mapping[LazyImage, Sequence[bytes]], locations: FeatureLocations
+    images: Mapping[LazyImage, Sequence[bytes]], locations: FeatureLocations
 ) -> dict[tuple[bytes, ...], LazyImage]:
     """Return the images of which a cache lacks a view, by the keys of their views."""
     return {
-        tuple(of_image): image
-        for image, of_image in keys.items()
-        if any(key not in locations for key in of_image)
+        tuple(keys): image
+        for image, keys in images.items()
+        if any(key not in locations for key in keys)
     }
 
 
-def _fill_cache(
-    vlm: LoadedVLM,
-    missing: Mapping[tuple[bytes, ...], LazyImage],
-    shards: FeatureShards,
-    trainer: pl.Trainer,
-    num_workers: int,
-    should_stop: Callable[[], bool],
-) -> FeatureLocations:
-    """Compute and write the features of images; return where they are."""
-    if not missing:
-        return {}
-    loader: DataLoader[_KeyedPixels] = DataLoader(
-        _PixelDataset(vlm.processor.transform, list(missing.items())),
-        batch_size=None,
-        num_workers=num_workers,
-        worker_init_fn=isolate_data_worker,
-    )
-    view_count = sum(map(len, missing))
-    with torch.no_grad(), autocast_context(trainer):
-        return _compute_features(vlm, loader, view_count, shards, should_stop)
-
-
-def _keyed_images(steps: StepDataset) -> Iterator[tuple[LazyImage, list[bytes]]]:
-    """Yield every image of a stage once, with the keys of its views.
-
-    Images that cannot be read are left out: training meets them again and reports them.
-    """
-    with ThreadPoolExecutor(READER_THREADS) as pool:  # they wait for files, not for processors
-        images = list(_unique_images(steps))
-        for image, keys in zip(images, pool.map(_view_keys_or_none, images), strict=True):
-            if keys:
-                yield image, keys
-
-
-def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
+def _unique_images(steps: StepDataset) -> Iterator[tuple[LazyImage, _Place]]:
     """Yield every image of a stage once, in the order of training."""
     known: set[LazyImage] = set()
     for position in range(steps.total_steps * steps.global_batch_size):
@@ -185,8 +234,10 @@ def _unique_images(steps: StepDataset) -> Iterator[LazyImage]:
             images = steps.encoder.list_images(steps.mixture[position])
         except (BadSample, UserError):
             continue
-        yield from (image for image in images if image not in known)
-        known.update(images)
+        for number, image in enumerate(images):
+            if image not in known:
+                known.add(image)
+                yield image, (position, number)
 
 
 def _view_keys_or_none(image: LazyImage) -> list[bytes]:
@@ -196,78 +247,18 @@ def _view_keys_or_none(image: LazyImage) -> list[bytes]:
         return []
 
 
-@dataclass
-class _PixelDataset(Dataset[_KeyedPixels]):
-    """The views of images; none of one that cannot be read."""
-
-    transform: ImageTransform
-    keyed_images: list[tuple[tuple[bytes, ...], LazyImage]]
-
-    def __len__(self) -> int:
-        return len(self.keyed_images)
-
-    def __getitem__(self, index: int) -> _KeyedPixels:
-        keys, image = self.keyed_images[index]
-        try:
-            pixels = self.transform.load_levels(image)
-        except UserError:
-            return []
-        grid = image.grid if isinstance(image, NativeImage) else None
-        views = pixels if pixels.dim() == 4 else pixels[None]
-        return [(key, view, grid) for key, view in zip(keys, views, strict=True)]
+def _is_own(number: int) -> bool:
+    """Tell whether this process does what has this number: every process has its share."""
+    return number % collectives.world_size() == collectives.rank()
 
 
-def _compute_features(
-    vlm: LoadedVLM,
-    loader: DataLoader[_KeyedPixels],
-    view_count: int,
-    shards: FeatureShards,
-    should_stop: Callable[[], bool],
-) -> FeatureLocations:
-    """Compute the features of views and write them, shard by shard; return where they are."""
-    level_values = vlm.processor.transform.level_values()
-    blank = torch.zeros(1, *vlm.vision.pixel_shape, dtype=torch.uint8)
-    view_bytes = _encode_levels(vlm, blank, level_values).nbytes
-    what = f"{view_count:,} {'views of images' if vlm.processor.view_settings else 'images'}"
-    _check_disk_space(view_count * view_bytes, what, shards.folder)
-    locations: FeatureLocations = {}
-    keys: list[bytes] = []
-    features: list[Tensor] = []
-    views = itertools.chain.from_iterable(loader)
-    counted = iter(tqdm(views, desc="features", total=view_count, unit="view", disable=None))
-    while chunk := list(itertools.islice(counted, VIEWS_PER_CHUNK)):
-        keys += [key for key, _, _ in chunk]
-        levels = torch.stack([view for _, view, _ in chunk])
-        grids = [grid for _, _, grid in chunk if grid is not None]
-        features.append(_encode_levels(vlm, levels, level_values, grids))
-        if len(keys) * view_bytes >= SHARD_BYTES:
-            locations |= shards.write_shard(keys, torch.cat(features))
-            keys, features = [], []
-        if should_stop():
-            break
-    return locations | (shards.write_shard(keys, torch.cat(features)) if keys else {})
+def _is_own_text(text: str) -> bool:
+    return _is_own(zlib.crc32(text.encode()))
 
 
-def _encode_levels(
-    vlm: LoadedVLM, levels: Tensor, level_values: Tensor, grids: Sequence[Grid] = ()
-) -> Tensor:
-    """Return the encoder's features of uint8 pixels, on the CPU, levels of an image stacked."""
-    weight = next(vlm.vision.parameters())
-    pixels = normalize_levels(levels.to(weight.device), level_values.to(weight.device))
-    return stack_levels(vlm.vision(pixels.to(weight.dtype), *([grids] if grids else []))).cpu()
-
-
-def _check_disk_space(needed_bytes: int, what: str, folder: Path) -> None:
-    """Print the bytes that the features will take; refuse before writing if it is too much."""
-    free = shutil.disk_usage(folder).free
-    run_report.print_status(
-        f"features of {what} take {run_report.format_bytes(needed_bytes)} in {folder}, "
-        f"{run_report.format_bytes(free)} are free"
-    )
-    if needed_bytes > free:
-        raise UserError(
-            f"trainer.feature_cache: the features of {what} take "
-            f"{run_report.format_bytes(needed_bytes)}, and {folder} has "
-            f"{run_report.format_bytes(free)} left. Make room, "
-            "name another folder, or leave it out"
-        )
+def _gather_entries(entries: Mapping[K, T]) -> dict[K, T]:
+    """Return the entries of all processes."""
+    gathered: dict[K, T] = {}
+    for of_process in collectives.all_gather_objects(entries):
+        gathered |= of_process
+    return gathered

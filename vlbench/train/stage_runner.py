@@ -136,8 +136,8 @@ class StageRunner:
         folder = Path(self.trainer_config.feature_cache)
         trainer = build_trainer(self.trainer_config, self.precision)
         with share_cores(self.device):
-            steps.feature_store = collectives.call_on_all_ranks(
-                lambda: cache_features(vlm, steps, folder, trainer, num_workers, should_stop)
+            steps.feature_store = cache_features(
+                vlm, steps, folder, trainer, num_workers, should_stop
             )
 
     def train_stage(
