@@ -1,6 +1,7 @@
 """Tests run beside other work: threads that wait must not spin (see `vlbench.core_sharing`)."""
 
 import os
+import signal
 import tempfile
 from pathlib import Path
 
@@ -11,6 +12,8 @@ os.environ.setdefault("GOMP_SPINCOUNT", "20000")
 os.environ["XDG_STATE_HOME"] = tempfile.mkdtemp(prefix="vlbench-state-")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several test processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job ignores Ctrl-C
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
