@@ -116,6 +116,9 @@ def test_auto_takes_what_fits_with_gradients_present(size, is_compiled, layers):
     assert needed["full"] < min(needed["none"], needed["selective"])
     assert bool(torch._dynamo.utils.counters["stats"]["unique_graphs"]) == is_compiled
     for limit in [1.02 * size for size in needed.values()] + [0.5 * needed["full"]]:
-        fitting = [mode for mode in CHECKPOINTING_MODES if needed[mode] <= limit]
-        expected = fitting[0] if fitting else CHECKPOINTING_MODES[-1]
-        assert choose_checkpointing_mode(measured.get, limit) == expected
+        chosen = choose_checkpointing_mode(measured.get, limit)
+        assert needed[chosen] <= limit or chosen == CHECKPOINTING_MODES[-1]
+        # what fits with the hundredth that measuring is off by is not passed over
+        fitting = [mode for mode in CHECKPOINTING_MODES if 1.01 * needed[mode] <= limit]
+        order = CHECKPOINTING_MODES.index
+        assert not fitting or order(chosen) <= order(fitting[0])
