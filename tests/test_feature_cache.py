@@ -23,9 +23,11 @@ from vlbench.data.image_tiling import ImageTiling, TiledImage
 from vlbench.data.sample import LazyImage
 from vlbench.data.scene_world import make_scene
 from vlbench.distributed import collectives
+from vlbench.model.vision_config import EMBEDDED_ENCODERS
 from vlbench.train import checkpoint_files, feature_cache, feature_computation, stage_runner
 from vlbench.train.callbacks import GracefulStop
 
+MINIATURE = EMBEDDED_ENCODERS["tiny"]
 FROZEN = [f"stages.{name}.train.vision=null" for name in ("align_224", "align_448", "chat")]
 SHORT = [
     "fit",
@@ -223,6 +225,28 @@ def test_another_encoder_has_another_folder(cached):
     larger = feature_cache.encoder_fingerprint(model, "cpu 32")
     next(model.vision.parameters()).data.flatten()[0] += 1e-3
     assert len({before, larger, feature_cache.encoder_fingerprint(model, "cpu 32")}) == 3
+
+
+def test_the_same_weights_with_another_activation_have_another_folder(tmp_path):
+    """As a file of OpenAI's CLIP for ViT-B-32, and then for ViT-B-32-quickgelu."""
+    from vlbench.model.vision_encoder import build_vision_encoder
+
+    folder = Path(shutil.copytree(MINIATURE, tmp_path / "own"))
+    file = folder / "open_clip_config.json"
+
+    def fingerprint() -> str:
+        vision = build_vision_encoder(str(folder), "embedded")
+        processor = SimpleNamespace(transform=vision.transform)
+        return feature_cache.encoder_fingerprint(
+            SimpleNamespace(vision=vision, processor=processor), "cpu 32"
+        )
+
+    before = fingerprint()
+    assert fingerprint() == before
+    said = json.loads(file.read_text())
+    said["model_cfg"]["quick_gelu"] = not said["model_cfg"].get("quick_gelu", False)
+    file.write_text(json.dumps(said))
+    assert fingerprint() != before
 
 
 def test_no_room_is_told_before_anything_is_written(tmp_path, monkeypatch, capsys):

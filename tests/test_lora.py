@@ -85,6 +85,23 @@ def test_the_same_adapters_stay_and_others_replace_them():
     } == {5}
 
 
+def test_adapters_of_a_frozen_language_model_drop_nothing():
+    """As in a stage that trains the connector alone, behind one that trained adapters."""
+    vlm = adapted("language", dropout=0.5)
+    vlm.model.language.requires_grad_(False)
+    vlm.train()
+    assert loss(vlm).equal(loss(vlm))
+    vlm.eval()
+    inactive = loss(vlm)
+    vlm.train()
+    torch.testing.assert_close(loss(vlm), inactive)
+    assert vlm.language.training  # or checkpointing would be off
+    for parameter in lora_adapters.adapter_parameters(vlm.language).values():
+        parameter.requires_grad_(True)
+    vlm.train()
+    assert not loss(vlm).equal(loss(vlm))  # trained, they drop what the recipe says
+
+
 @pytest.mark.parametrize("part", ["language", "vision"])
 def test_adapters_come_back_from_their_folder(part, tmp_path):
     vlm = adapted(part)

@@ -106,6 +106,7 @@ def test_an_export_for_transformers_answers_the_same(run, tmp_path):
     assert main(["export", f"model={run}", f"out={to}", "format=hf_llava"]) == 0
     ours = vlbench.load(run, dtype="float32", device="cpu")
     theirs = LlavaForConditionalGeneration.from_pretrained(to, dtype=torch.float32).eval()
+    assert set(theirs.generation_config.eos_token_id) == eos_token_ids(ours.model, ours.processor)
     processor = AutoProcessor.from_pretrained(to, backend="pil", trust_remote_code=False)
     for asked in (ASKED, LATER):
         text = processor.apply_chat_template(asked)

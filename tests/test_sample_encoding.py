@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 from golden_release import load_records
+from sentencepiece import SentencePieceTrainer
 
-from vlbench.data.chat_template import YI_VL
+from vlbench.data.chat_template import CHAT_TEMPLATES, YI_VL
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.data.sample_encoding import (
@@ -88,6 +89,43 @@ def test_history_in_pieces_equals_history_in_joint_chunks_here():
     pieces = YI_VL.render_pieces(turns(case["conversation"]))
     ids = [i for chunk, _ in tokenize_pieces(pieces, TOKENIZER, 1) for i in chunk]
     assert ids == TENSORS["multi_turn.input_ids"].tolist()
+
+
+@pytest.fixture(scope="module")
+def spaced(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    """A tokenizer that puts a space before every text, as Llama 2's and Mistral's do."""
+    folder = tmp_path_factory.mktemp("spaced")
+    SentencePieceTrainer.train(
+        input=__file__,
+        model_prefix=str(folder / "tokenizer"),
+        vocab_size=500,
+        model_type="bpe",
+        byte_fallback=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    roles = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True}
+    (folder / "tokenizer_config.json").write_text(json.dumps(roles))
+    return Tokenizer.load(folder)
+
+
+@pytest.mark.parametrize("name", list(CHAT_TEMPLATES))
+def test_a_model_is_asked_with_the_ids_that_it_was_trained_on(name, spaced):
+    """Wherever a conversation is cut, also by tokenizers that put a space before every text."""
+    template = CHAT_TEMPLATES[name].bind_eos(spaced.eos_token)
+    assert spaced.encode("What?", False) != spaced.encode(" What?", False)
+    sample = chat(f"{IMAGE_PLACEHOLDER}\nWhat?", "A circle.", "And now?", "Red.", images=1)
+    trained = SampleEncoder(spaced, template, 4, 4096).encode(sample)
+    for answered in (0, 1):
+        text = template.render_prompt(sample.turns[: 1 + 2 * answered])
+        asked = [i for ids, _ in tokenize_pieces([(text, False)], spaced, 4) for i in ids]
+        assert trained.input_ids[: len(asked)] == asked
+        answer = spaced.decode(trained.input_ids[len(asked) :])
+        assert answer.lstrip().startswith(sample.turns[1 + 2 * answered].text)
+        first_label = trained.labels[len(asked) - 1]
+        assert first_label == trained.input_ids[len(asked)]
+        assert trained.labels[len(asked) - 2] == IGNORE_INDEX
 
 
 def test_labels_are_next_tokens_and_never_image_positions():

@@ -26,19 +26,19 @@ from vlbench.model.weights import siglip_layouts, vision_layouts
 from vlbench.model.weights.export_hf_llava import write_hf_llava
 
 SMALL: dict[str, Any] = {"embed_dim": 32, "depth": 3, "num_heads": 2, "mlp_ratio": 2.5}
-PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "resize": 64, "crop": 64}
+PIXELS = {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5), "fit": "squash"}
 
 
-def siglip_vlm(source: Path, layer: int = -2, **changes: Any) -> LoadedVLM:
+def siglip_vlm(source: Path, layer: int = -2, size: int = 64, **changes: Any) -> LoadedVLM:
     """Return a model with a small random SigLIP, in float32."""
     torch.manual_seed(0)
     arguments = {**SMALL, "act_layer": "gelu_tanh", **changes}
-    visual = build_timm_encoder("vit_base_patch16_siglip_224", arguments, 64)
+    visual = build_timm_encoder("vit_base_patch16_siglip_224", arguments, size)
     for parameter in visual.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     other = vlbench.load(source, dtype="float32", device="cpu", template="yi_vl")
     vlm = assemble_vlm(
-        VisionEncoder(visual, layer, False, {**PIXELS, "fit": "squash"}),
+        VisionEncoder(visual, layer, False, {**PIXELS, "resize": size, "crop": size}),
         registry.load_connector("llava_mlp"),
         {"depth": 2, "norm": False},
         other.language,
@@ -85,6 +85,28 @@ def test_transformers_computes_the_same_and_it_comes_back(layer, activation, sou
     assert torch.equal(again, ours)
     assert back.processor.transform == vlm.processor.transform
     same_files(export(folder, tmp_path / "once"), export(folder, tmp_path / "twice"))
+
+
+@torch.no_grad()
+def test_an_image_size_that_is_not_whole_patches_is_kept(source, tmp_path):
+    """As of so400m-patch14-384: 27 patches of 14 pixels, and 6 pixels that no patch sees."""
+    torch.manual_seed(0)
+    vlm = siglip_vlm(source, size=44, patch_size=14)
+    (tmp_path / "to").mkdir()
+    write_hf_llava(vlm, tmp_path / "to", None)
+    words = ["format=vlbench", f"model={tmp_path / 'to'}", f"out={tmp_path / 'own'}"]
+    assert main(["export", *words]) == 0
+    own = vlbench.load(tmp_path / "own", dtype="float32", device="cpu")
+    picture = Image.effect_noise((90, 60), 80).convert("RGB")
+    parts = [{"type": "image", "image": picture}, {"type": "text", "text": "What is it?"}]
+    messages = [{"role": "user", "content": parts}]
+    batch = own.prepare(messages)
+    assert batch.pixels.shape[-1] == own.vision.image_size == 44 and own.vision.grid == (3, 3)
+    ours = vlm(vlm.prepare(messages)).logits
+    assert torch.equal(own(batch).logits[..., : ours.shape[-1]], ours)
+    own.set_image_size(44)
+    with pytest.raises(UserError, match="a multiple of 14"):
+        own.set_image_size(45)
 
 
 @torch.no_grad()

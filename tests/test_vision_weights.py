@@ -133,10 +133,14 @@ def test_a_folder_says_its_own_activation_and_pixels(forms, tmp_path):
     (folder / "open_clip_config.json").write_text(json.dumps(said))
     encoder = build_vision_encoder(NAME, str(folder))
     assert (encoder.mean, encoder.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    by_file = build_vision_encoder(NAME, str(folder / "open_clip_model.safetensors"))
+    assert by_file.transform == encoder.transform
     said["model_cfg"]["quick_gelu"] = True
     (folder / "open_clip_config.json").write_text(json.dumps(said))
     with pytest.raises(UserError, match="quick_gelu True for False.*say vision.name="):
         build_vision_encoder(NAME, str(folder))
+    with pytest.raises(UserError, match="quick_gelu True for False.*say vision.name="):
+        build_vision_encoder(NAME, str(folder / "open_clip_model.safetensors"))
     own = build_vision_encoder(str(folder), "embedded")
     pixels = torch.randn(1, 3, 224, 224)
     assert not torch.allclose(own(pixels), encoder(pixels), atol=1e-3)  # another activation
@@ -162,6 +166,20 @@ def test_a_siglip_is_loaded_at_the_size_of_its_file(tmp_path, monkeypatch):
     ours = build_vision_encoder("ViT-Ti-16", str(tmp_path / "siglip.safetensors"))
     assert ours.image_size == 96
     assert_same(ours, state)
+
+
+def test_a_file_of_as_many_patches_leaves_an_image_size_that_is_not_whole_patches(tmp_path):
+    """As of SigLIP's so400m at 384 pixels, in patches of 14."""
+    said = {"model_cfg": {"embed_dim": 32, "vision_cfg": {"image_size": 44, "patch_size": 14}}}
+    said["model_cfg"]["vision_cfg"] |= {"layers": 2, "width": 32, "head_width": 16}
+    (tmp_path / "open_clip_config.json").write_text(json.dumps(said))
+    made = build_vision_encoder(str(tmp_path), "random")
+    save_file(made.visual.state_dict(), tmp_path / "open_clip_model.safetensors")
+    encoder = build_vision_encoder(str(tmp_path), "embedded")
+    assert (encoder.image_size, encoder.grid) == (44, (3, 3))
+    encoder.set_image_size(44)
+    with pytest.raises(UserError, match="a multiple of 14"):
+        encoder.set_image_size(45)
 
 
 def test_a_file_of_another_image_size_is_resized_once_as_open_clip_does(clip_state, tmp_path):

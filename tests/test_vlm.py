@@ -42,6 +42,35 @@ class Gated(Connector):
         return hidden + torch.tanh(self.gate[layer]) * seen
 
 
+class Stateful(Connector):
+    """Counts what it has seen, and drops inputs, while it is trained."""
+
+    def __init__(self, shapes: Shapes) -> None:
+        super().__init__()
+        self.tokens_per_image = shapes.patches
+        self.norm, self.dropout = nn.BatchNorm1d(shapes.patches), nn.Dropout(0.5)
+        self.proj = nn.Linear(shapes.vision_width, shapes.lm_width)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return self.proj(self.dropout(self.norm(features)))
+
+
+def test_a_frozen_connector_is_in_evaluation_mode() -> None:
+    """Else its buffers would change, which no checkpoint of a stage that freezes it has."""
+    vlm = small_vlm(Stateful)
+    batch = make_batch(vlm, [[make_sample(1), make_sample(2)]])
+    before = {name: value.clone() for name, value in vlm.connector.state_dict().items()}
+    vlm.connector.requires_grad_(False)
+    vlm.train()
+    assert vlm(batch).loss_sum.equal(vlm(batch).loss_sum)
+    after = vlm.connector.state_dict()
+    assert all(after[name].equal(value) for name, value in before.items())
+    vlm.connector.requires_grad_(True)
+    vlm.train()
+    assert not vlm(batch).loss_sum.equal(vlm(batch).loss_sum)
+    assert not vlm.connector.norm.running_mean.equal(before["norm.running_mean"])
+
+
 def assert_same(ours: tuple, theirs: tuple, tolerance: float = 1e-5) -> None:
     """Compare loss and gradients."""
     assert find_differences(ours, theirs, tolerance) == []

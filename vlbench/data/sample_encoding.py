@@ -24,7 +24,7 @@ from vlbench.errors import BadSample, UserError
 
 IMAGE_TOKEN_INDEX = -200  # the id at image positions; no text is tokenized to it
 IGNORE_INDEX = -100  # the label of an unsupervised position
-
+CONTEXT_LENGTH = 32  # characters before a piece with which it is tokenized
 
 Questions = tuple[tuple[int, ...], ...]
 """For each image the ids of the text of the human turn that shows it."""
@@ -118,9 +118,9 @@ class SampleEncoder:
     """Turns samples into token ids and next-token labels, as one stage trains on them.
 
     Text is cut at image placeholders and around every answer, and the pieces are tokenized one by
-    one. `chat` supervises every answer of the conversation. `caption` takes the first image and
-    the answer behind it alone: image positions, then the answer and a newline, which are
-    supervised.
+    one, each as it is in the text before it. `chat` supervises every answer of the conversation.
+    `caption` takes the first image and the answer behind it alone: image positions, then the answer
+    and a newline, which are supervised.
     """
 
     tokenizer: TokenEncoder
@@ -264,18 +264,25 @@ def tokenize_pieces(
 ) -> Iterator[tuple[list[int], bool]]:
     """Tokenize (text, supervised) pieces one by one; a placeholder becomes its image positions.
 
-    Those of a tiled sample are in `image_spans`, for each image.
+    Those of a tiled sample are in `image_spans`, for each image. Joined, the ids are those of the
+    whole text, which is cut at images alone: so a model is asked as it was trained.
 
     A BOS that the tokenizer puts before every text is kept at the very beginning only, and not
     there either with `has_all_tokens`, see `ChatTemplate`.
     """
     spans = iter(image_spans or itertools.repeat([IMAGE_TOKEN_INDEX] * tokens_per_image))
     is_first, starts_with_bos = True, False
+    before = ""
     for text, supervised in pieces:
         chunks = [text] if supervised else text.split(IMAGE_PLACEHOLDER)
         for number, chunk in enumerate(chunks):
             if number:
                 yield next(spans), False
+                before = ""
+            context, before = before, (before + chunk)[-CONTEXT_LENGTH:]
+            if context:
+                yield _encode_behind(context, chunk, tokenizer), supervised
+                continue
             if has_all_tokens:
                 yield list(tokenizer.encode(chunk, False)), supervised
                 continue
@@ -284,6 +291,18 @@ def tokenize_pieces(
             yield (ids[1:] if has_bos and starts_with_bos else ids), supervised
             starts_with_bos = has_bos if is_first else starts_with_bos
             is_first = False
+
+
+def _encode_behind(context: str, text: str, tokenizer: TokenEncoder) -> list[int]:
+    """Return the ids of a text that goes on behind `context`, as they are in both together.
+
+    Many tokenizers (Llama 2's, Mistral's) put a space before every text; an answer in the middle
+    of a text has none. Where both together have other ids at their border, each is on its own.
+    """
+    known = list(tokenizer.encode(context, False))
+    both = list(tokenizer.encode(context + text, False))
+    is_kept = both[: len(known)] == known
+    return both[len(known) :] if is_kept else list(tokenizer.encode(text, False))
 
 
 def encode_questions(

@@ -66,6 +66,11 @@ class TimmConfig:
         model_args = {**self.model_args, **whole}
         return build_timm_encoder(self.architecture, model_args, self.image_size)
 
+    def computation(self) -> dict[str, Any]:
+        """Return everything that decides what the same weights compute."""
+        kept = {key: value for key, value in self.model_args.items() if key not in DROP_RATES}
+        return {**kept, "architecture": self.architecture}
+
     def preprocess(self) -> dict[str, Any]:
         """Return what is done to an image, as `VisionEncoder` takes it."""
         resized = int(self.image_size / self.crop_share) if self.fit == "crop" else self.image_size

@@ -82,6 +82,14 @@ class VisionConfig:
         module: nn.Module = visual
         return module
 
+    def computation(self) -> dict[str, Any]:
+        """Return everything that decides what the same weights compute; defaults are filled in."""
+        keys = asdict(CLIPVisionCfg(**self.vision_cfg))
+        timm = bool(keys["timm_model_name"])
+        kept = {key: value for key, value in keys.items() if key not in WEIGHT_NEUTRAL_KEYS}
+        kept.pop("timm_model_pretrained")
+        return {**kept, "quick_gelu": self.quick_gelu and not timm, "embed_dim": self.embed_dim}
+
     def preprocess(self) -> dict[str, Any]:
         """Return what is done to an image, as `VisionEncoder` takes it."""
         return {
@@ -189,7 +197,10 @@ def resolve_vision_config(name: str, weights: str) -> VisionConfig:
             f"vision.weights={weights} was trained with the activation QuickGELU, and vision.name="
             f"{name} has GELU: say vision.name={name}-quickgelu"
         )
-    return _merge_folder_config(named, name, Path(weights))
+    path = Path(weights)
+    # a file by open_clip's own name has what it is beside it, whether it or its folder is given
+    is_named_file = path.name in OPEN_CLIP_FILES and path.is_file()
+    return _merge_folder_config(named, name, path.parent if is_named_file else path)
 
 
 def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) -> VisionConfig:
@@ -243,7 +254,7 @@ def _check_same_architecture(
     named_config: VisionConfig, folder_config: VisionConfig, name: str, folder: Path
 ) -> None:
     """Refuse a folder whose own description is another architecture than `vision.name`."""
-    ours, other = _architecture_fields(named_config), _architecture_fields(folder_config)
+    ours, other = named_config.computation(), folder_config.computation()
     differ = [key for key in ours | other if ours.get(key) != other.get(key)]
     if differ:
         what = ", ".join(f"{key} {other.get(key)!r} for {ours.get(key)!r}" for key in differ)
@@ -252,15 +263,6 @@ def _check_same_architecture(
             f"({what}): "
             f"say vision.name={folder} vision.weights=embedded"
         )
-
-
-def _architecture_fields(config: VisionConfig) -> dict[str, Any]:
-    """Return everything that decides what the same weights compute; defaults are filled in."""
-    keys = asdict(CLIPVisionCfg(**config.vision_cfg))
-    timm = bool(keys["timm_model_name"])
-    kept = {key: value for key, value in keys.items() if key not in WEIGHT_NEUTRAL_KEYS}
-    kept.pop("timm_model_pretrained")
-    return {**kept, "quick_gelu": config.quick_gelu and not timm, "embed_dim": config.embed_dim}
 
 
 def _default_pixel_stats(name: str) -> Mapping[str, Any]:

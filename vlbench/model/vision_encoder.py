@@ -247,14 +247,15 @@ class VisionEncoder(nn.Module):
 
     def set_image_size(self, image_size: int) -> None:
         """Change the input to `image_size` pixels; open_clip resizes the position embeddings."""
+        if image_size == self.image_size:  # its own need not be whole patches: SigLIP's 384 by 14
+            return
         patch = self.image_size // self.grid[0]
         if image_size % patch:
             raise UserError(
                 f"image_size is {image_size}; this vision encoder needs a multiple of {patch}, "
                 f"for example {max(1, round(image_size / patch)) * patch}"
             )
-        if image_size != self.image_size:
-            set_encoder_image_size(self.visual, image_size)
+        set_encoder_image_size(self.visual, image_size)
 
     def used_parameters(self) -> list[nn.Parameter]:
         """Return the parameters that the features depend on; the others must not be trained."""

@@ -29,6 +29,7 @@ from vlbench.model.activation_checkpointing import checkpoint_blocks
 from vlbench.model.connector_adaptation import load_adapted_state
 from vlbench.model.contrastive_loss import add_own_contrast_pool, is_contrastive
 from vlbench.model.decoder_families import DecoderConfig, DecoderModel, logit_divisor
+from vlbench.model.frozen_modes import set_frozen_modes
 from vlbench.model.language_loss import summed_loss
 from vlbench.model.packed_attention import OpaqueLengths, sample_bounds
 from vlbench.model.replicated_parameters import GradientAverager
@@ -156,11 +157,9 @@ class VLM(nn.Module):
             move_and_cast(self.connector, parameter.dtype, parameter.device)
 
     def train(self, mode: bool = True) -> VLM:
-        """Set training mode; a frozen vision encoder always stays in evaluation mode."""
+        """Set training mode; parts without trained parameters stay out of it (`frozen_modes`)."""
         super().train(mode)
-        for encoder in self.vision.encoders():
-            if not has_trained_parameters(encoder):
-                encoder.eval()
+        set_frozen_modes([*self.vision.encoders(), self.connector], self.language)
         return self
 
     def is_vision_trained(self) -> bool:

@@ -1,7 +1,7 @@
 """The features of a frozen vision encoder, computed once before a stage and cached in a folder.
 
-They belong to the encoder's weights, the image transform, the device and the precision: a change in
-any of these leads to another subfolder of the cache. The processes of a run divide the work: each
+They belong to the encoder and its weights, the image transform, the device and the precision: a
+change in any of these leads to another subfolder of the cache. The processes of a run divide the work: each
 hashes its share of the images, checks its share of the shards and computes its share of what is
 missing. Which share is whose follows from data and contents, not from what a process finds on the
 disk: processes whose views of a network disk differ cannot mix up images.
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import lightning.pytorch as pl
 import torch
@@ -32,6 +32,8 @@ from vlbench.distributed import collectives
 from vlbench.errors import BadSample, EnvironmentFailure, UserError
 from vlbench.model.frozen_bf16 import FROZEN_DTYPE
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.vision_encoder import VisionEncoder
+from vlbench.model.weights import vision_layouts
 from vlbench.system_errors import FULL_DISK_REASONS
 from vlbench.train.feature_computation import ImagesByKeys, check_disk_space, compute_features
 
@@ -196,14 +198,22 @@ def encoder_fingerprint(vlm: LoadedVLM, arithmetic: str) -> str:
         encoder.class_token,
         vlm.processor.transform.transform_hash(),
         arithmetic,
+        [_computation(one) for one in encoder.encoders()],
     ]
-    digest = hashlib.blake2b(json.dumps(settings).encode(), digest_size=8)
+    digest = hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8)
     for name, value in _sorted_weights(vlm):
         digest.update(name.encode())
         value = value.float() if value.dtype is FROZEN_DTYPE else value  # the same numbers
         numbers = value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy()
         digest.update(numbers.data)
     return digest.hexdigest()
+
+
+def _computation(encoder: VisionEncoder) -> dict[str, Any]:
+    """Return what the same weights compute: activation, epsilons, heads, which no weight tells."""
+    if encoder.config is not None:
+        return encoder.config.computation()
+    return vision_layouts.to_hf_vision_config(encoder.visual)  # a released model's
 
 
 def _sorted_weights(vlm: LoadedVLM) -> Iterator[tuple[str, Tensor]]:

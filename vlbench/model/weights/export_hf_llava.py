@@ -29,6 +29,7 @@ from transformers.utils import logging
 from vlbench.compat.transformers_internals import pil_llava_image_processor
 from vlbench.data.image_processing import ImageTransform
 from vlbench.errors import UserError
+from vlbench.model.generation.growing_answer import eos_token_ids
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
 from vlbench.model.weights import clip_layouts, vision_layouts
@@ -149,7 +150,8 @@ def write_llava_folder(
     model.load_state_dict(state, assign=True)
     model.generation_config = GenerationConfig(
         bos_token_id=vlm.tokenizer.bos_token_id,
-        eos_token_id=vlm.language.generation_config.eos_token_id,
+        # that of the chat template too, which a language model without one does not name
+        eos_token_id=sorted(eos_token_ids(vlm.model, vlm.processor)),
         pad_token_id=processor.tokenizer.pad_token_id,
         # ids that the model never learned
         suppress_tokens=list(range(vlm.tokenizer.embedding_rows, vocab_size)),

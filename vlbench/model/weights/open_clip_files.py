@@ -41,7 +41,8 @@ def build_open_clip_group(file: Path, state: Mapping[str, Tensor]) -> TensorGrou
 def infer_image_size(file: Path, visual: Any) -> int | None:
     """Return the image size in pixels that the position embeddings in `file` are for.
 
-    None where the file has none, or not those of a square.
+    None where the file has none, not those of a square, or as many as `visual` already has: its
+    image size need not be whole patches.
     """
     shapes = read_tensor_shapes(file)
     prefix = _find_encoder_prefix(file, list(shapes))
@@ -55,7 +56,7 @@ def infer_image_size(file: Path, visual: Any) -> int | None:
         patches = shape[-2] - extra_tokens
         side = math.isqrt(max(0, patches))
         if side and side**2 == patches:
-            return int(side * (encoder_image_size(visual) // rows))
+            return None if side == rows else int(side * (encoder_image_size(visual) // rows))
     return None
 
 

@@ -75,7 +75,8 @@ def _build_timm_group(file: Path, state: Mapping[str, Tensor]) -> TensorGroup:
 def _image_size_of(positions: tuple[int, ...] | None, visual: Any) -> int | None:
     """Return the image size in pixels of position embeddings `[1, tokens, width]`, if of a square.
 
-    None where there are none, as with rotary ones alone.
+    None where there are none, as with rotary ones alone, or as many as `visual` already has: its
+    image size need not be whole patches.
     """
     own_embed = getattr(visual.trunk, POSITIONS, None)
     if positions is None or own_embed is None or len(positions) != own_embed.dim():
@@ -83,4 +84,6 @@ def _image_size_of(positions: tuple[int, ...] | None, visual: Any) -> int | None
     rows, columns = encoder_grid(visual)
     patches = positions[-2] - (own_embed.shape[-2] - rows * columns)  # class token and registers
     side = math.isqrt(max(0, patches))
-    return side * (encoder_image_size(visual) // rows) if side and side**2 == patches else None
+    if not side or side**2 != patches or side == rows:
+        return None
+    return side * (encoder_image_size(visual) // rows)
