@@ -1,10 +1,10 @@
 """The features of a frozen vision encoder, computed once before a stage and cached in a folder.
 
 They belong to the encoder and its weights, the image transform, the device and the precision: a
-change in any of these leads to another subfolder of the cache. The processes of a run divide the work: each
-hashes its share of the images, checks its share of the shards and computes its share of what is
-missing. Which share is whose follows from data and contents, not from what a process finds on the
-disk: processes whose views of a network disk differ cannot mix up images.
+change in any of these leads to another subfolder of the cache. The processes of a run divide the
+work: each hashes its share of the images, checks its share of the shards and computes its share of
+what is missing. Which share is whose follows from data and contents, not from what a process finds
+on the disk: processes whose views of a network disk differ cannot mix up images.
 """
 
 from __future__ import annotations
