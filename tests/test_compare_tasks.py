@@ -131,6 +131,22 @@ def test_runs_are_asked_once_and_the_report_has_it(comparison, monkeypatch, caps
     assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 2
 
 
+def test_answers_of_an_earlier_checkpoint_are_not_those_of_the_run(comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1
+    folder = next(Path("c").rglob("scored.jsonl")).parents[1]
+    folder.rename(folder.with_name("0-align_224-000001"))  # asked while the run trained
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 2
+    assert folder.is_dir()
+
+
+def test_a_file_with_brackets_in_its_name_is_asked_once(comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    Path("vqa.json").rename("vqa[1].json")
+    words = [*comparison[:-1], "tasks=vqa[1].json"]
+    assert main(words) == 0 and main(words) == 0 and len(titles) == 1
+
+
 def test_runs_are_asked_again_with_blank_images(comparison, monkeypatch, capsys):
     titles = ask_here(monkeypatch)
     assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1

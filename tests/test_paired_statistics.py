@@ -13,8 +13,10 @@ from scipy import stats
 from scipy.special import expit, polygamma
 
 from vlbench.compare.report.detectable_difference import (
+    UNDETECTABLE,
     PairUncertainty,
     PlannedDesign,
+    describe_detectable,
     smallest_detectable,
 )
 from vlbench.compare.report.paired_statistics import (
@@ -173,6 +175,31 @@ def test_what_so_few_questions_never_show_is_told_without_the_distribution(quest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert smallest_detectable(pair) == 1.0
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+@pytest.mark.parametrize("per_picture", [1, 4])
+def test_seeds_and_questions_about_a_picture_make_no_more_pictures(seeds, per_picture):
+    """Five pictures that are all won have p = 1 / 16: nothing can be found with them."""
+    correct = np.stack([np.ones((seeds, 5 * per_picture)), np.zeros((seeds, 5 * per_picture))])
+    correct[:, 0, 0] = 1 - correct[:, 0, 0]
+    found = RowStatistics(correct, np.arange(5 * per_picture) % 5).difference(0, 1)
+    assert found.p_value >= 1 / 16 and found.smallest_detectable == UNDETECTABLE
+    designs = [PlannedDesign(2, pictures, 0.5, 0.01) for pictures in (5, 7)]
+    never, seldom = (design.detectable_with(seeds) for design in designs)
+    assert never == UNDETECTABLE and 0.7 < seldom < 1
+    assert describe_detectable(designs[0], [seeds]) == f"none with {seeds} seeds"
+
+
+def test_scores_in_tenths_that_add_up_alike_are_a_tie():
+    """The scores of the VQA challenge: 0.3 + 0.6 - 0.9 is 1e-16 away from 0."""
+    first, second = np.array([[0.3], [0.6], [0.0]]), np.array([[0.9], [0.0], [0.0]])
+    assert (first - second).sum() != 0
+    won = np.tile([[1.0], [1.0], [1.0]], 5)
+    correct = np.stack(
+        [np.hstack([won, np.tile(first, 20)]), np.hstack([0 * won, np.tile(second, 20)])]
+    )
+    assert RowStatistics(correct).difference(0, 1).p_value >= 1 / 16  # of five that are won
 
 
 def test_a_pair_that_differs_by_the_printed_difference_is_mostly_found():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from pathlib import Path
 
 import pytest
@@ -189,6 +190,33 @@ def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
     assert main(["report", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
+
+
+def test_runs_that_are_linked_into_a_folder_count_once(tmp_path, capsys):
+    for seed in range(2):
+        run(tmp_path / f"mine/llava/{seed}", 0.9, seed)
+        run(tmp_path / f"disk/linear/{seed}", 0.6, seed, "connector.name=linear")
+    (tmp_path / "mine/linear").symlink_to(tmp_path / "disk/linear")
+    (tmp_path / "mine/latest").symlink_to("llava/1")
+    (tmp_path / "mine/llava/up").symlink_to("..")
+    (tmp_path / "mine/gone").symlink_to("gone")
+    half = tmp_path / "disk/linear/2"
+    (half / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "mine/linear/1/recipe.yaml", half)
+    assert main(["report", str(tmp_path / "mine")]) == 0
+    text = capsys.readouterr().out
+    assert "Rows: 2; seeds: 0, 1" in text and f"{tmp_path}/mine/linear/2: it is not" in text
+
+
+def test_results_of_another_program_are_no_run(runs, capsys):
+    other = runs / "llava/0/eval/lmms"
+    other.mkdir(parents=True)
+    (other / "results.json").write_text("{}")
+    assert main(["report", str(runs)]) == 0
+    assert "Rows: 2; seeds: 0, 1, 2" in capsys.readouterr().out
+    (runs / "llava/1/recipe.yaml").unlink()
+    assert main(["report", str(runs)]) == 2
+    assert "llava/1 is no run folder: it has no recipe.yaml" in capsys.readouterr().err
 
 
 def test_a_folder_may_have_the_name_of_that_of_trials(tmp_path, capsys):

@@ -180,7 +180,7 @@ class RowStatistics:
         quantile = float(stdtrit(degrees, (1 + CONFIDENCE_LEVEL) / 2))
         p_value = float(2 * stdtr(degrees, -abs(mean) / error))
         wins = (self.correct[first] - self.correct[second]).sum(axis=0)
-        wins = sum_clusters(wins, self.clusters)
+        wins = sum_clusters(wins, self.clusters).round(9)  # tenths of VQA add up to 1e-17, not 0
         if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
             p_value = max(p_value, proportion_interval.sign_test(wins))
         return PairedDifference(
@@ -194,7 +194,7 @@ class RowStatistics:
                 accuracy=float(self.accuracies[[first, second]].mean()),
                 seed_share=found.seed_share,
                 pair_count=max(1, pair_count or self.row_count * (self.row_count - 1) // 2),
-                question_count=self.question_count,
+                question_count=self.cluster_count,
                 seed_count=self.seed_count,
             ),
         )
