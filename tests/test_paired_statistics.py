@@ -193,13 +193,12 @@ def test_seeds_and_questions_about_a_picture_make_no_more_pictures(seeds, per_pi
 
 def test_scores_in_tenths_that_add_up_alike_are_a_tie():
     """The scores of the VQA challenge: 0.3 + 0.6 - 0.9 is 1e-16 away from 0."""
-    first, second = np.array([[0.3], [0.6], [0.0]]), np.array([[0.9], [0.0], [0.0]])
+    first, second = np.array([0.3, 0.6, 0.0]), np.array([0.9, 0.0, 0.0])
     assert (first - second).sum() != 0
-    won = np.tile([[1.0], [1.0], [1.0]], 5)
-    correct = np.stack(
-        [np.hstack([won, np.tile(first, 20)]), np.hstack([0 * won, np.tile(second, 20)])]
-    )
-    assert RowStatistics(correct).difference(0, 1).p_value >= 1 / 16  # of five that are won
+    pictures = np.repeat(np.arange(25), 3)
+    correct = [np.r_[np.ones(15), np.tile(first, 20)], np.r_[np.zeros(15), np.tile(second, 20)]]
+    found = RowStatistics(np.array(correct)[:, None], pictures).difference(0, 1)
+    assert found.p_value == pytest.approx(1 / 16)  # five pictures are won, and twenty a tie
 
 
 def test_a_pair_that_differs_by_the_printed_difference_is_mostly_found():
