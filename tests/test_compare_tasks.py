@@ -183,6 +183,17 @@ def test_tasks_that_cannot_be_asked_are_named_and_fail_the_command(comparison, m
     assert sentence in capsys.readouterr().err
 
 
+def test_finished_runs_that_a_command_does_not_name_are_named(comparison, monkeypatch, capsys):
+    ask_here(monkeypatch)
+    assert main(comparison) == 0 and "Not in this report" not in Path("c/report.md").read_text()
+    for name in ("yivl_llava/seed1", "earlier/seed0"):
+        shutil.copytree("c/yivl_llava/seed0", Path("c") / name)
+    assert main(comparison) == 0
+    told = "does not name their rows or seeds: earlier/seed0, yivl"
+    assert told in Path("c/report.md").read_text().replace("\\", "")
+    assert told in json.loads(Path("c/report.json").read_text())["notes"][-1]
+
+
 def test_a_script_for_slurm_asks_what_is_trained(comparison, capsys):
     assert main([*comparison, "jobs=slurm"]) == 0
     assert "1 runs, one GPU each" in capsys.readouterr().out

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -168,6 +169,47 @@ def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
     assert main(["report", str(runs)]) == 0
     text = capsys.readouterr().out
     assert "seeds: 0, 1;" in text and "not every row has the seed: 1 of llava_mlp" in text
+
+
+def change_answers(folder: Path, change: Callable[[int], dict[str, str]], keep: int = 300) -> None:
+    """Change the lines of a run's answers by their number, and keep the first ones."""
+    file = folder / "answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()[:keep]]
+    changed = (json.dumps({**line, **change(number)}) for number, line in enumerate(lines))
+    file.write_text("".join(f"{line}\n" for line in changed))
+
+
+def test_other_questions_under_the_same_ids_are_not_paired(runs, capsys):
+    """Rows that are asked about training data of their own may have ids in common."""
+    for folder in (runs / "llava/0", runs / "linear/0", runs / "linear/1"):
+        change_answers(folder, lambda _: {"truth": "red", "picture": "data/1.jpg"})
+    change_answers(runs / "linear/2", lambda n: {"truth": "blue" if n < 9 else "red"})
+    other = {"truth": "red", "picture": "moved/1.jpg"}
+    change_answers(runs / "llava/2", lambda n: {**other, "picture": "2.jpg"} if n < 10 else other)
+    assert main(["report", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "questions about the data of the recipe: 290" in text and "Only" not in text
+    assert "10 questions are left out, as under the same id their true answer or picture" in text
+    change_answers(runs / "llava/2", lambda _: {"truth": "green"})
+    assert main(["report", str(runs)]) == 2
+    assert "under the same ids their true answers or pictures differ, as of q0" in (
+        capsys.readouterr().err
+    )
+
+
+def test_a_run_without_answers_is_named(runs, capsys):
+    change_answers(runs / "linear/1", lambda _: {"set": "unseen"})
+    assert main(["report", str(runs)]) == 2
+    assert f"paired ({runs / 'linear/1'} has no answers)" in capsys.readouterr().err
+
+
+def test_other_data_and_missing_questions_are_both_told(runs, capsys):
+    (runs / "linear/0/results.json").write_text(json.dumps({"asked_of": "other pictures"}))
+    change_answers(runs / "linear/0", lambda _: {}, keep=200)
+    assert main(["report", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "Only 200 of up to 300 questions" in text
+    assert "about different data: other pictures; ?" in text
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlbench.compare.report import curve_sentences
+from vlbench.compare.report.common_questions import common_seeds_and_questions
 from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
 from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
@@ -19,7 +20,6 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
     cluster_numbers,
-    common_seeds_and_questions,
     correct_matrix,
 )
 from vlbench.compare.report.paired_statistics import RowStatistics
