@@ -25,7 +25,11 @@ from vlbench.compare.report.paired_statistics import (
     holm_correction,
 )
 from vlbench.compare.report.proportion_interval import score_interval, sign_test
-from vlbench.compare.report.question_clusters import cluster_values, number_clusters
+from vlbench.compare.report.question_clusters import (
+    cluster_values,
+    effective_clusters,
+    number_clusters,
+)
 from vlbench.compare.report.seed_variance import SeedVariances, inverse_trigamma
 
 QUESTIONS = 400
@@ -175,6 +179,23 @@ def test_what_so_few_questions_never_show_is_told_without_the_distribution(quest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert smallest_detectable(pair) == 1.0
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_picture_with_half_of_all_questions_raises_no_false_alarms(seeds):
+    """Its answers decide what is better, and of one picture nothing is known: 20 % were false."""
+    rng = np.random.default_rng(4)
+    pictures = np.r_[np.zeros(60, int), np.arange(1, 61)]
+    false, covered = 0, 0
+    for _ in range(300):
+        own = (rng.random((2, 1, 61)) < 0.5)[..., pictures]  # what a row sees in a picture
+        answer = rng.random((2, seeds, 120)) < 0.5
+        correct = np.where(rng.random((2, seeds, 120)) < 0.5, own, answer) * 1.0
+        found = RowStatistics(correct, pictures).difference(0, 1)
+        covered += found.interval_low <= 0 <= found.interval_high
+        false += found.p_value <= 0.05
+    assert false <= 0.08 * 300 and covered >= 0.92 * 300
+    assert effective_clusters(pictures) < 4 and effective_clusters(np.arange(6) // 2) == 3
 
 
 @pytest.mark.parametrize("seeds", [3, 10])

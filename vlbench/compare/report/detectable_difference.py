@@ -26,6 +26,7 @@ from vlbench.compare.report.seed_variance import (
 SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
 PLANNED_SEEDS = (3, 5, 10)  # numbers of seeds for which a plan says what they would find
 STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
+MAX_CRITICAL = 10.0  # a difference that has to be larger, from 0 to 1, is not found
 UNDETECTABLE = 1.0  # in place of a difference where not even the largest one is found so often
 
 
@@ -58,9 +59,10 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     degrees = pair.degrees_of_freedom
     level = SIGNIFICANCE_LEVEL / (2 * pair.pair_count)
     by_sign_test = _found_by_sign_test(pair, level)
-    if by_sign_test == UNDETECTABLE:  # few degrees of freedom, for which t takes seconds
-        return UNDETECTABLE
     critical = float(stats.t.isf(level, degrees))
+    # of so large numbers, at few degrees of freedom, the distribution takes seconds, with warnings
+    if by_sign_test == UNDETECTABLE or critical * pair.standard_error > MAX_CRITICAL:
+        return UNDETECTABLE
 
     def missing_power(noncentrality: float) -> float:
         # scipy 1.13 warns of steps within its algorithm; brentq refuses a result that is NaN

@@ -27,6 +27,7 @@ from vlbench.compare.report.detectable_difference import (
 from vlbench.compare.report.question_clusters import (
     CorrectMatrix,
     cluster_values,
+    effective_clusters,
     number_clusters,
     sum_clusters,
 )
@@ -131,7 +132,7 @@ class RowStatistics:
 
         These may be any weights.
         """
-        clusters_known = max(1, self.cluster_count - 1)
+        clusters_known = max(1.0, effective_clusters(self.clusters) - 1)
         between = float(signs @ self._between @ signs)
         if self.seed_count == 1:
             return UncertainVariance(between / self.cluster_count + extra, clusters_known, 0.0)
