@@ -101,8 +101,8 @@ def asked_checkpoint(
 def _is_copied(run_folder: Path, model_path: Path) -> bool:
     """Tell whether a run or checkpoint is of a run with the same recipe file, to the last byte."""
     folder = model_path.parent.parent if CHECKPOINT_NAME.fullmatch(model_path.name) else model_path
-    files = [one / "recipe.yaml" for one in (folder, run_folder)]
-    return all(file.is_file() for file in files) and filecmp.cmp(*files, shallow=False)
+    theirs, own = folder / "recipe.yaml", run_folder / "recipe.yaml"
+    return theirs.is_file() and own.is_file() and filecmp.cmp(theirs, own, shallow=False)
 
 
 def _checkpoint_role(run_folder: Path, name: str) -> str:
