@@ -197,6 +197,19 @@ def test_other_questions_under_the_same_ids_are_not_paired(runs, capsys):
     )
 
 
+def test_rows_that_are_right_as_often_are_level(tmp_path, capsys):
+    answers = (run(tmp_path / "first", 0.6, 0) / "answers.jsonl").read_text()
+    for name in ("linear", "avgpool"):
+        file = run(tmp_path / name, 0.6, 0, f"connector.name={name}") / "answers.jsonl"
+        file.write_text(answers)
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'report.json'}"]) == 0
+    text = capsys.readouterr().out
+    assert "- this run of avgpool is level with that run of llava_mlp (95 % interval -" in text
+    assert "points above" not in text and "1 seed); p = 1.000" in text
+    verdict = json.loads((tmp_path / "report.json").read_text())["verdict"]
+    assert "% of the questions right, as do llava_mlp and linear." in verdict
+
+
 def test_a_run_without_answers_is_named(runs, capsys):
     change_answers(runs / "linear/1", lambda _: {"set": "unseen"})
     assert main(["report", str(runs)]) == 2

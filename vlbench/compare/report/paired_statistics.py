@@ -34,6 +34,7 @@ from vlbench.compare.report.question_clusters import (
 from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
 
 CONFIDENCE_LEVEL = 0.95  # of intervals
+ROUNDING = 1e-9  # sums of scores of the VQA challenge, in tenths, that are equal differ by less
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,10 @@ class PairedDifference:
         count = self.uncertainty.seed_count
         seeds = f"{count} seeds" if count > 1 else "1 seed"
         excludes_zero = self.interval_low > 0 or self.interval_high < 0
-        caution = "" if excludes_zero else "; this may be chance"
+        is_level = abs(self.mean) < ROUNDING
+        caution = "" if excludes_zero or is_level else "; this may be chance"
+        if is_level:
+            return f"{first_name} is level with {second_name} ({interval}; {seeds}{caution})"
         return f"{first_name} is {size} {word} {second_name} ({interval}; {seeds}{caution})"
 
 
@@ -181,7 +185,8 @@ class RowStatistics:
         quantile = float(stdtrit(degrees, (1 + CONFIDENCE_LEVEL) / 2))
         p_value = float(2 * stdtr(degrees, -abs(mean) / error))
         wins = (self.correct[first] - self.correct[second]).sum(axis=0)
-        wins = sum_clusters(wins, self.clusters).round(9)  # tenths of VQA add up to 1e-17, not 0
+        wins = sum_clusters(wins, self.clusters)
+        wins[np.abs(wins) < ROUNDING] = 0
         if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
             p_value = max(p_value, proportion_interval.sign_test(wins))
         return PairedDifference(
