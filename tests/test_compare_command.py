@@ -15,6 +15,7 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
+from vlbench.compare.experiment.design_cautions import describe_design_cautions
 from vlbench.compare.experiment.design_power import describe_power
 from vlbench.compare.experiment.grid import parse_grid
 from vlbench.compare.experiment.shared_stages import common_stages
@@ -154,6 +155,18 @@ def test_stages_are_alike_until_something_differs():
     assert common_stages(one("only=[align_224,chat]"), one()) == ["align_224"]
     assert common_stages(one(), one("only=align_224")) == ["align_224"]
     assert common_stages(one("from=align_448"), one("only=[align_448,chat]")) == ["align_448"]
+
+
+def test_rows_that_will_be_asked_about_different_data_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("a.json", "b.json", "held.json"):
+        Path(name).write_text("[]")
+    words = ["recipe=yivl_llava", "grid=data.train=a.json | data.train=b.json", "run=c"]
+    cautions = describe_design_cautions(parse_grid(words))
+    told = "rows are asked about different data: a.json (data.train=a.json), b.json (data.train=b"
+    assert any(told in one for one in cautions)
+    held = describe_design_cautions(parse_grid([*words, "data.val=held.json"]))
+    assert not any("asked" in one for one in held)
 
 
 @pytest.fixture

@@ -131,6 +131,22 @@ def test_runs_are_asked_once_and_the_report_has_it(comparison, monkeypatch, caps
     assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 2
 
 
+def test_answers_of_an_earlier_checkpoint_are_not_those_of_the_run(comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1
+    folder = next(Path("c").rglob("scored.jsonl")).parents[1]
+    folder.rename(folder.with_name("0-align_224-000001"))  # asked while the run trained
+    assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 2
+    assert folder.is_dir()
+
+
+def test_a_file_with_brackets_in_its_name_is_asked_once(comparison, monkeypatch, capsys):
+    titles = ask_here(monkeypatch)
+    Path("vqa.json").rename("vqa[1].json")
+    words = [*comparison[:-1], "tasks=vqa[1].json"]
+    assert main(words) == 0 and main(words) == 0 and len(titles) == 1
+
+
 def test_runs_are_asked_again_with_blank_images(comparison, monkeypatch, capsys):
     titles = ask_here(monkeypatch)
     assert main([*comparison, "tasks.vqa.limit=2"]) == 0 and len(titles) == 1
@@ -165,6 +181,17 @@ def test_tasks_that_cannot_be_asked_are_named_and_fail_the_command(comparison, m
     sentence = "yivl_llava, seed 0, tasks: not asked (the last line)."
     assert sentence in Path("c/report.md").read_text()
     assert sentence in capsys.readouterr().err
+
+
+def test_finished_runs_that_a_command_does_not_name_are_named(comparison, monkeypatch, capsys):
+    ask_here(monkeypatch)
+    assert main(comparison) == 0 and "Not in this report" not in Path("c/report.md").read_text()
+    for name in ("yivl_llava/seed1", "earlier/seed0"):
+        shutil.copytree("c/yivl_llava/seed0", Path("c") / name)
+    assert main(comparison) == 0
+    told = "does not name their rows or seeds: earlier/seed0, yivl"
+    assert told in Path("c/report.md").read_text().replace("\\", "")
+    assert told in json.loads(Path("c/report.json").read_text())["notes"][-1]
 
 
 def test_a_script_for_slurm_asks_what_is_trained(comparison, capsys):

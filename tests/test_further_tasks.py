@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import random
 import re
+import shutil
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -274,6 +275,41 @@ def test_what_is_unfinished_withheld_torn_or_asked_before_is_said(tmp_path):
     assert "the true answers are withheld" in said
     assert f"{torn / 'scored.jsonl'}: holds no scored answers; it is left out." in said
     assert "asked again of the runs' own questions is not compared again" in said
+
+
+def test_answers_of_another_model_are_not_taken_for_the_runs(tmp_path):
+    """`eval model=OTHER out=RUN/eval/x`: the settings name the model, wherever answers lie."""
+    rows = make_runs(tmp_path, 1)
+    (folder,), (other,) = rows["llava_mlp"], rows["linear"]
+    mine = {**MMMU, "model": f"before/it/moved/{LAST}"}
+    write_eval(folder, mine, answer_mmmu(0.7, 1), "tried")
+    write_eval(other, {**MMMU, "model": f"{folder}/checkpoints/{LAST}"}, answer_mmmu(0.7, 1))
+    found = compare(rows)
+    assert found.tasks == []
+    told, _ = found.task_remarks
+    assert f"eval asked another model, {folder}/checkpoints/{LAST}; it is left out" in told
+    write_eval(other, {**MMMU, "model": f"{other}/checkpoints/{LAST}"}, answer_mmmu(0.9, 1), "a")
+    (task,) = compare(rows).tasks
+    assert task.title == "mmmu val, protocol yi" and len(task.rows) == 2
+    copies = {}
+    for name, runs in rows.items():
+        shutil.copytree(runs[0], tmp_path / "copies" / name)
+        copies[name] = [tmp_path / "copies" / name]
+    (task,) = compare(copies).tasks
+    assert len(task.rows) == 2
+
+
+def test_of_answers_to_the_same_task_the_most_count(tmp_path):
+    rows = make_runs(tmp_path, 1)
+    for name, (folder,) in rows.items():
+        out = write_eval(folder, MMMU, answer_mmmu(0.7, name))
+        again = out.parents[1] / "tried"  # eval out=RUN/eval/tried limit=20, and nothing else
+        shutil.copytree(out, again)
+        (again / "scored.jsonl").write_text(format_json_lines(answer_mmmu(0.7, name, 20)))
+    found = compare(rows)
+    (task,) = found.tasks
+    assert len(task.matched.questions) == 120 and task.matched.remarks == []
+    assert len(found.task_remarks) == 2 and "mmmu val is there twice" in found.task_remarks[0]
 
 
 def conversation(name: str, score: float, *answers: str) -> dict[str, Any]:

@@ -151,11 +151,13 @@ def test_the_newest_of_several_logs_counts_and_what_has_no_shares_is_named(rows)
     log_samples(folder, "pope", [{"x": 0.0}])
     log_samples(folder, "pope", [{"x": 1.0}], date="20260811_101112")
     log_samples(folder, "judged", [{"gpt_eval": 7.5, "submission": {"a": "b"}}], date="20260809")
+    log_samples(folder, "pope", [{"x": 1.0, "ratio": 2.0}], date="20260812")
     (one,), remarks = read_lmms_samples(folder)
     assert list(one.scores.values()) == [1.0]
     said = "\n".join(remarks)
     assert "pope: x is there twice; the newest counts." in said
     assert "judged.jsonl: gpt_eval has no values from 0 to 1 for single questions" in said
+    assert "pope.jsonl: ratio has no values from 0 to 1" in said
 
 
 def test_documents_that_several_filters_log_count_once_and_other_questions_do_not_pair(rows):

@@ -13,8 +13,10 @@ from scipy import stats
 from scipy.special import expit, polygamma
 
 from vlbench.compare.report.detectable_difference import (
+    UNDETECTABLE,
     PairUncertainty,
     PlannedDesign,
+    describe_detectable,
     smallest_detectable,
 )
 from vlbench.compare.report.paired_statistics import (
@@ -23,7 +25,11 @@ from vlbench.compare.report.paired_statistics import (
     holm_correction,
 )
 from vlbench.compare.report.proportion_interval import score_interval, sign_test
-from vlbench.compare.report.question_clusters import cluster_values, number_clusters
+from vlbench.compare.report.question_clusters import (
+    cluster_values,
+    effective_clusters,
+    number_clusters,
+)
 from vlbench.compare.report.seed_variance import SeedVariances, inverse_trigamma
 
 QUESTIONS = 400
@@ -173,6 +179,47 @@ def test_what_so_few_questions_never_show_is_told_without_the_distribution(quest
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert smallest_detectable(pair) == 1.0
+
+
+@pytest.mark.parametrize("seeds", [1, 3])
+def test_a_picture_with_half_of_all_questions_raises_no_false_alarms(seeds):
+    """Its answers decide what is better, and of one picture nothing is known: 20 % were false."""
+    rng = np.random.default_rng(4)
+    pictures = np.r_[np.zeros(60, int), np.arange(1, 61)]
+    false, covered = 0, 0
+    for _ in range(300):
+        own = (rng.random((2, 1, 61)) < 0.5)[..., pictures]  # what a row sees in a picture
+        answer = rng.random((2, seeds, 120)) < 0.5
+        correct = np.where(rng.random((2, seeds, 120)) < 0.5, own, answer) * 1.0
+        found = RowStatistics(correct, pictures).difference(0, 1)
+        covered += found.interval_low <= 0 <= found.interval_high
+        false += found.p_value <= 0.05
+    assert false <= 0.08 * 300 and covered >= 0.92 * 300
+    assert effective_clusters(pictures) < 4 and effective_clusters(np.arange(6) // 2) == 3
+
+
+@pytest.mark.parametrize("seeds", [3, 10])
+@pytest.mark.parametrize("per_picture", [1, 4])
+def test_seeds_and_questions_about_a_picture_make_no_more_pictures(seeds, per_picture):
+    """Five pictures that are all won have p = 1 / 16: nothing can be found with them."""
+    correct = np.stack([np.ones((seeds, 5 * per_picture)), np.zeros((seeds, 5 * per_picture))])
+    correct[:, 0, 0] = 1 - correct[:, 0, 0]
+    found = RowStatistics(correct, np.arange(5 * per_picture) % 5).difference(0, 1)
+    assert found.p_value >= 1 / 16 and found.smallest_detectable == UNDETECTABLE
+    designs = [PlannedDesign(2, pictures, 0.5, 0.01) for pictures in (5, 7)]
+    never, seldom = (design.detectable_with(seeds) for design in designs)
+    assert never == UNDETECTABLE and 0.7 < seldom < 1
+    assert describe_detectable(designs[0], [seeds]) == f"none with {seeds} seeds"
+
+
+def test_scores_in_tenths_that_add_up_alike_are_a_tie():
+    """The scores of the VQA challenge: 0.3 + 0.6 - 0.9 is 1e-16 away from 0."""
+    first, second = np.array([0.3, 0.6, 0.0]), np.array([0.9, 0.0, 0.0])
+    assert (first - second).sum() != 0
+    pictures = np.repeat(np.arange(25), 3)
+    correct = [np.r_[np.ones(15), np.tile(first, 20)], np.r_[np.zeros(15), np.tile(second, 20)]]
+    found = RowStatistics(np.array(correct)[:, None], pictures).difference(0, 1)
+    assert found.p_value == pytest.approx(1 / 16)  # five pictures are won, and twenty a tie
 
 
 def test_a_pair_that_differs_by_the_printed_difference_is_mostly_found():

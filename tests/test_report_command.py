@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -169,6 +171,60 @@ def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
     assert "seeds: 0, 1;" in text and "not every row has the seed: 1 of llava_mlp" in text
 
 
+def change_answers(folder: Path, change: Callable[[int], dict[str, str]], keep: int = 300) -> None:
+    """Change the lines of a run's answers by their number, and keep the first ones."""
+    file = folder / "answers.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()[:keep]]
+    changed = (json.dumps({**line, **change(number)}) for number, line in enumerate(lines))
+    file.write_text("".join(f"{line}\n" for line in changed))
+
+
+def test_other_questions_under_the_same_ids_are_not_paired(runs, capsys):
+    """Rows that are asked about training data of their own may have ids in common."""
+    for folder in (runs / "llava/0", runs / "linear/0", runs / "linear/1"):
+        change_answers(folder, lambda _: {"truth": "red", "picture": "data/1.jpg"})
+    change_answers(runs / "linear/2", lambda n: {"truth": "blue" if n < 9 else "red"})
+    other = {"truth": "red", "picture": "moved/1.jpg"}
+    change_answers(runs / "llava/2", lambda n: {**other, "picture": "2.jpg"} if n < 10 else other)
+    assert main(["report", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "questions about the data of the recipe: 290" in text and "Only" not in text
+    assert "10 questions are left out, as under the same id their true answer or picture" in text
+    change_answers(runs / "llava/2", lambda _: {"truth": "green"})
+    assert main(["report", str(runs)]) == 2
+    assert "under the same ids their true answers or pictures differ, as of q0" in (
+        capsys.readouterr().err
+    )
+
+
+def test_rows_that_are_right_as_often_are_level(tmp_path, capsys):
+    answers = (run(tmp_path / "first", 0.6, 0) / "answers.jsonl").read_text()
+    for name in ("linear", "avgpool"):
+        file = run(tmp_path / name, 0.6, 0, f"connector.name={name}") / "answers.jsonl"
+        file.write_text(answers)
+    assert main(["report", str(tmp_path), f"out={tmp_path / 'report.json'}"]) == 0
+    text = capsys.readouterr().out
+    assert "- this run of avgpool is level with that run of llava_mlp (95 % interval -" in text
+    assert "points above" not in text and "1 seed); p = 1.000" in text
+    verdict = json.loads((tmp_path / "report.json").read_text())["verdict"]
+    assert "% of the questions right, as do llava_mlp and linear." in verdict
+
+
+def test_a_run_without_answers_is_named(runs, capsys):
+    change_answers(runs / "linear/1", lambda _: {"set": "unseen"})
+    assert main(["report", str(runs)]) == 2
+    assert f"paired ({runs / 'linear/1'} has no answers)" in capsys.readouterr().err
+
+
+def test_other_data_and_missing_questions_are_both_told(runs, capsys):
+    (runs / "linear/0/results.json").write_text(json.dumps({"asked_of": "other pictures"}))
+    change_answers(runs / "linear/0", lambda _: {}, keep=200)
+    assert main(["report", str(runs)]) == 0
+    text = capsys.readouterr().out
+    assert "Only 200 of up to 300 questions" in text
+    assert "about different data: other pictures; ?" in text
+
+
 @pytest.mark.parametrize(
     ("words", "message"),
     [
@@ -189,6 +245,33 @@ def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
     assert main(["report", *words]) == 2
     said = capsys.readouterr().err
     assert message in said and len(said.splitlines()) == 1
+
+
+def test_runs_that_are_linked_into_a_folder_count_once(tmp_path, capsys):
+    for seed in range(2):
+        run(tmp_path / f"mine/llava/{seed}", 0.9, seed)
+        run(tmp_path / f"disk/linear/{seed}", 0.6, seed, "connector.name=linear")
+    (tmp_path / "mine/linear").symlink_to(tmp_path / "disk/linear")
+    (tmp_path / "mine/latest").symlink_to("llava/1")
+    (tmp_path / "mine/llava/up").symlink_to("..")
+    (tmp_path / "mine/gone").symlink_to("gone")
+    half = tmp_path / "disk/linear/2"
+    (half / "checkpoints").mkdir(parents=True)
+    shutil.copy(tmp_path / "mine/linear/1/recipe.yaml", half)
+    assert main(["report", str(tmp_path / "mine")]) == 0
+    text = capsys.readouterr().out
+    assert "Rows: 2; seeds: 0, 1" in text and f"{tmp_path}/mine/linear/2: it is not" in text
+
+
+def test_results_of_another_program_are_no_run(runs, capsys):
+    other = runs / "llava/0/eval/lmms"
+    other.mkdir(parents=True)
+    (other / "results.json").write_text("{}")
+    assert main(["report", str(runs)]) == 0
+    assert "Rows: 2; seeds: 0, 1, 2" in capsys.readouterr().out
+    (runs / "llava/1/recipe.yaml").unlink()
+    assert main(["report", str(runs)]) == 2
+    assert "llava/1 is no run folder: it has no recipe.yaml" in capsys.readouterr().err
 
 
 def test_a_folder_may_have_the_name_of_that_of_trials(tmp_path, capsys):

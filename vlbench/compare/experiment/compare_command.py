@@ -17,7 +17,11 @@ from statistics import mean
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.budget_curves import expand_curves
-from vlbench.compare.experiment.comparison_folder import COMMAND_FILE, check_comparison_folder
+from vlbench.compare.experiment.comparison_folder import (
+    COMMAND_FILE,
+    check_comparison_folder,
+    other_runs_note,
+)
 from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
 from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
@@ -314,7 +318,8 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
     ]
     if runs:
         sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
-        findings = analyze_runs(runs, failed, [*sweep, *unasked], grid.curve_plan)
+        others = other_runs_note(grid.folder, grid.run_folders())
+        findings = analyze_runs(runs, failed, [*sweep, *unasked, *others], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe

@@ -6,10 +6,13 @@ Earlier versions wrote none; their folders hold runs, and files of known names.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from vlbench.compare.report.curve_plan import CURVE_FILE
+from vlbench.compare.report.nested_files import files_below
 from vlbench.compare.report.sweep_record import SWEEP_FILE
+from vlbench.compare.report.unfinished_runs import is_trial
 from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE
 from vlbench.text_files import read_text
@@ -45,6 +48,30 @@ def check_comparison_folder(folder: Path) -> None:
             f"run={folder} is a folder with other things in it ({named}{more}), in which a "
             "comparison would overwrite files; name a new one"
         )
+
+
+def other_runs_note(folder: Path, run_folders: Sequence[Path]) -> list[str]:
+    """Return a sentence on finished runs in a comparison's folder that its report leaves out.
+
+    They are those of rows or seeds that an earlier command named; `run_folders` are those of this
+    one. [] where there are none; trials of a sweep are no rows.
+    """
+    own = {*run_folders}
+    others = [
+        file.parent.relative_to(folder).as_posix()
+        for file in files_below(folder, "results.json")
+        if file.parent not in own
+        and (file.parent / "recipe.yaml").is_file()
+        and not is_trial(file.parent)
+    ]
+    if not others:
+        return []
+    more = len(others) - MAX_NAMED
+    named = ", ".join(others[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
+    return [
+        f"Not in this report, as the command does not name their rows or seeds: {named}. "
+        f"`report {folder}` compares all runs of the folder."
+    ]
 
 
 def _is_own(entry: Path, has_runs: bool) -> bool:

@@ -10,6 +10,7 @@ from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid
 from vlbench.compare.report.training_budgets import (
     budgets_warning,
+    group_names,
     parts_warning,
     unprepared_warning,
 )
@@ -66,7 +67,27 @@ def _unequal_training(recipe_by_row: Mapping[str, Recipe]) -> list[str]:
             (stage.steps or 0) * stage.global_batch_size for stage in stages
         )
     plain = {name: flatten_keys(recipes.to_plain(one)) for name, one in recipe_by_row.items()}
-    return [warning for warning in (budgets_warning(counts), parts_warning(plain)) if warning]
+    warnings = (budgets_warning(counts), parts_warning(plain), _other_questions(recipe_by_row))
+    return [warning for warning in warnings if warning]
+
+
+def _other_questions(recipe_by_row: Mapping[str, Recipe]) -> str:
+    """Return a sentence if rows will be asked about different data, so that nothing is paired."""
+    asked = {name: _asked_data(recipe) for name, recipe in recipe_by_row.items()}
+    if len(set(asked.values())) < 2:
+        return ""
+    return (
+        f"At their end rows are asked about different data: {group_names(asked)}. Such answers are "
+        "not paired; data.val=FILE asks all rows the same."
+    )
+
+
+def _asked_data(recipe: Recipe) -> str:
+    """Return the data that a run's questions at the end are about: held-out ones, or its own."""
+    data = recipe.last_stage_data.config
+    if data.val or not data.mix:
+        return str(data.val or data.train)
+    return f"a mixture of {', '.join(part.train for part in data.mix)}"
 
 
 def is_untuned(grid: ComparisonGrid) -> bool:

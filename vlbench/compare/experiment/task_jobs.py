@@ -42,9 +42,15 @@ class PlannedTask:
     """Of the draws for answers that cannot be parsed; None: the benchmark's own."""
 
     def is_asked(self, run_folder: Path) -> bool:
-        """Return whether a run has answered all of it."""
-        reports = (run_folder / EVAL_FOLDER).glob(f"*/{self.folder_name}/{REPORT_FILE}")
-        return any(self._is_same(file.parent) for file in reports)
+        """Return whether a run's last checkpoint, the one that `eval` asks, has answered all of it.
+
+        An earlier one may have been asked while the run trained; rows are compared by their last.
+        """
+        position = RunFolder(run_folder).latest_position
+        if position is None:
+            return False
+        folder = run_folder / EVAL_FOLDER / position.folder_name / self.folder_name
+        return (folder / REPORT_FILE).is_file() and self._is_same(folder)
 
     def _is_same(self, folder: Path) -> bool:
         stored = read_json(folder / SETTINGS_FILE)

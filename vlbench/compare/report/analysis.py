@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from vlbench.compare.report import curve_sentences
+from vlbench.compare.report.common_questions import common_seeds_and_questions
 from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
 from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
@@ -19,10 +20,9 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
     cluster_numbers,
-    common_seeds_and_questions,
     correct_matrix,
 )
-from vlbench.compare.report.paired_statistics import RowStatistics
+from vlbench.compare.report.paired_statistics import ROUNDING, RowStatistics
 from vlbench.compare.report.question_clusters import CorrectMatrix
 from vlbench.compare.report.question_kinds import QuestionGroup, group_questions
 from vlbench.compare.report.row_groups import differing_keys, group_into_arms, shown_values
@@ -160,8 +160,11 @@ class ComparisonResult:
         pairs_of_best = [pair for pair in self.pairs if pair.better == best.name]
         significant = [pair.worse for pair in pairs_of_best if pair.is_significant]
         undecided = [pair.worse for pair in pairs_of_best if not pair.is_significant]
-        is_best_alone = best.accuracy > others[0].accuracy
-        text += ", the most of all rows." if is_best_alone else f", as does {others[0].name}."
+        level = [row.name for row in others if best.accuracy - row.accuracy < ROUNDING]
+        if level:
+            text += f", as {'does' if len(level) == 1 else 'do'} {join_names(level, 'and')}."
+        else:
+            text += ", the most of all rows."
         if len(self.seeds) == 1:
             return f"{text} {_one_seed_verdict(best.name, significant)}"
         if significant:

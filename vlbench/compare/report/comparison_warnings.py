@@ -6,12 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from vlbench.compare.report.common_questions import unlike_questions
 from vlbench.compare.report.finished_runs import (
     BUDGET_LABELS,
     MATCH_TOLERANCE,
     ComparisonArm,
     FinishedRun,
 )
+from vlbench.compare.report.row_pairs import format_count
 from vlbench.compare.report.training_budgets import still_improving_warning, training_warnings
 
 
@@ -33,8 +35,9 @@ def comparison_warnings(
         _budget_warning(compared),
         *_training_warnings(compared, seeds),
         still_improving_warning(_with_seeds(arms, seeds)),
+        _topics_warning(used),
         _questions_warning(used, questions),
-        _truths_warning(used, questions),
+        _unlike_warning(used),
         _versions_warning(used),
         _failed_runs_warning(failed),
     ]
@@ -88,21 +91,30 @@ def _is_unmatched(values: Sequence[int | None]) -> bool:
     return len(known) < len(values) or max(known) > (1 + MATCH_TOLERANCE) * min(known)
 
 
+def _topics_warning(runs: Sequence[FinishedRun]) -> str:
+    topics = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
+    if len(topics) < 2:
+        return ""
+    named = "; ".join(topic or "?" for topic in topics)
+    return f"The runs were asked questions about different data: {named}."
+
+
 def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
     largest = max(len(run.correct) for run in runs)
-    topics = dict.fromkeys(run.results.get("asked_of", "") for run in runs)
-    if len(topics) > 1:
-        named = "; ".join(topic or "?" for topic in topics)
-        return f"The runs were asked questions about different data: {named}."
-    if largest > len(questions):
+    if largest > len(questions) + len(unlike_questions(runs)):
         return f"Only {len(questions)} of up to {largest} questions were asked of every run."
     return ""
 
 
-def _truths_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
-    truths = [{run.answers_and_truths[name][1] for run in runs} for name in questions]
-    count = sum(len(different) > 1 for different in truths)
-    return f"The true answer differs from run to run for {count} questions." if count else ""
+def _unlike_warning(runs: Sequence[FinishedRun]) -> str:
+    count = len(unlike_questions(runs))
+    if not count:
+        return ""
+    are, their = ("is", "its") if count == 1 else ("are", "their")
+    return (
+        f"{format_count(count, 'question')} {are} left out, as under the same id {their} true "
+        "answer or picture differs from run to run: the runs were not asked the same."
+    )
 
 
 def _versions_warning(runs: Sequence[FinishedRun]) -> str:

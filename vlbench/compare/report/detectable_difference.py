@@ -16,6 +16,7 @@ from scipy import stats
 from scipy.optimize import brentq
 from scipy.special import gammaln
 
+from vlbench.compare.report.proportion_interval import FEW_DISCORDANT
 from vlbench.compare.report.seed_variance import (
     SEED_EXPONENT,
     SeedVariances,
@@ -25,6 +26,8 @@ from vlbench.compare.report.seed_variance import (
 SIGNIFICANCE_LEVEL = 0.05  # largest p, after Holm's correction, of a significant difference
 PLANNED_SEEDS = (3, 5, 10)  # numbers of seeds for which a plan says what they would find
 STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
+MAX_CRITICAL = 10.0  # a difference that has to be larger, from 0 to 1, is not found
+UNDETECTABLE = 1.0  # in place of a difference where not even the largest one is found so often
 
 
 @dataclass(frozen=True)
@@ -40,28 +43,26 @@ class PairUncertainty:
     pair_count: int
     """Of the whole comparison."""
     question_count: int
+    """Or as many pictures, if several questions are about the same one."""
     seed_count: int
 
 
 def smallest_detectable(pair: PairUncertainty) -> float:
-    """Return the smallest true difference that is found with `STATISTICAL_POWER`, at most 1.
+    """Return the smallest true difference found with `STATISTICAL_POWER`, or `UNDETECTABLE`.
 
     It is significant even if no other pair of the comparison differs. Rows that differ so much
     cannot both have the pair's accuracy, with which the variance changes (`_variance_ratio`). An
     estimated standard error is too small on average; the factor that makes it right for normal data
-    is divided out (the c4 of control charts). An exact test needs a number of clusters that differ,
-    whatever the standard error: these have to occur, by the binomial distribution.
+    is divided out (the c4 of control charts). Where fewer clusters differ than the exact test needs
+    there is none, whatever the standard error (`_found_by_sign_test`).
     """
     degrees = pair.degrees_of_freedom
     level = SIGNIFICANCE_LEVEL / (2 * pair.pair_count)
-    needed = math.ceil(-math.log2(level))  # so many wins without a loss are significant
-    # half of what tells rows apart is taken to be in every seed, the rest to be any seed's own
-    questions = pair.question_count * (1 + pair.seed_count) / 2
-    if (
-        needed > questions
-    ):  # a question or two have one degree of freedom, for which t takes seconds
-        return 1.0
+    by_sign_test = _found_by_sign_test(pair, level)
     critical = float(stats.t.isf(level, degrees))
+    # of so large numbers, at few degrees of freedom, the distribution takes seconds, with warnings
+    if by_sign_test == UNDETECTABLE or critical * pair.standard_error > MAX_CRITICAL:
+        return UNDETECTABLE
 
     def missing_power(noncentrality: float) -> float:
         # scipy 1.13 warns of steps within its algorithm; brentq refuses a result that is NaN
@@ -75,9 +76,26 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     def surplus(difference: float) -> float:
         return float(difference - step * math.sqrt(_variance_ratio(pair, difference)))
 
-    by_t = float(brentq(surplus, 0.0, 1.0)) if surplus(1.0) > 0 else 1.0
-    few = stats.beta.ppf(STATISTICAL_POWER, needed, questions - needed + 1)
-    return min(1.0, max(by_t, float(few)))
+    by_t = float(brentq(surplus, 0.0, 1.0)) if surplus(1.0) > 0 else UNDETECTABLE
+    return max(by_t, by_sign_test)
+
+
+def _found_by_sign_test(pair: PairUncertainty, level: float) -> float:
+    """Return the smallest difference that the exact sign test finds so often, or `UNDETECTABLE`.
+
+    `level` is that of one side. So many clusters without a loss as make it significant have to be
+    won, by the binomial distribution. More seeds make no more clusters: half of what tells rows
+    apart is taken to be in every seed, and the rest to be any seed's own, of which one is enough.
+    """
+    needed = min(math.ceil(-math.log2(level)), FEW_DISCORDANT)
+    if needed > pair.question_count:
+        return UNDETECTABLE
+    won = float(stats.beta.ppf(STATISTICAL_POWER, needed, pair.question_count - needed + 1))
+
+    def surplus(difference: float) -> float:
+        return (difference + 1 - (1 - difference) ** pair.seed_count) / 2 - won
+
+    return float(brentq(surplus, 0.0, 1.0))
 
 
 def _variance_ratio(pair: PairUncertainty, difference: float) -> float:
@@ -145,6 +163,11 @@ class PlannedDesign:
 def describe_detectable(design: PlannedDesign, seed_counts: Sequence[int] = PLANNED_SEEDS) -> str:
     """Return the smallest detectable differences as words: "3.1 points with 3 seeds, ..."."""
     return ", ".join(
-        f"{100 * design.detectable_with(count):.1f} points with {count} seeds"
+        f"{describe_points(design.detectable_with(count))} with {count} seeds"
         for count in seed_counts
     )
+
+
+def describe_points(difference: float) -> str:
+    """Return a detectable difference as "3.1 points", or "none"."""
+    return "none" if difference >= UNDETECTABLE else f"{100 * difference:.1f} points"

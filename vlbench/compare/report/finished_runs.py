@@ -209,20 +209,3 @@ def correct_matrix(
     """Return which answers of an arm are right, `[seeds, questions]`."""
     by_seed = {run.seed: run.correct for run in arm.runs}
     return np.array([[by_seed[seed][name] for name in questions] for seed in seeds], dtype=float)
-
-
-def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int], list[str]]:
-    """Return the seeds and the questions that all arms have."""
-    seeds = set.intersection(*(set(arm.seeds) for arm in arms))
-    if not seeds:
-        seeds_per_arm = "; ".join(f"{arm.name}: {', '.join(map(str, arm.seeds))}" for arm in arms)
-        raise UserError(
-            f"no seed is common to all rows, so nothing can be paired ({seeds_per_arm})"
-        )
-    questions = set.intersection(
-        *(set(run.correct) for arm in arms for run in arm.runs if run.seed in seeds)
-    )
-    if not questions:
-        raise UserError("no question was asked of all rows, so nothing can be paired")
-    first = next(run for run in arms[0].runs if run.seed in seeds)
-    return sorted(seeds), [name for name in first.correct if name in questions]

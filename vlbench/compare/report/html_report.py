@@ -33,7 +33,7 @@ from vlbench.compare.report.information_tables import (
 from vlbench.compare.report.markdown_report import format_share, format_whole
 from vlbench.compare.report.pair_families import (
     FAMILY_SENTENCE,
-    detectable_of_all,
+    detectable_text,
     name_significant,
 )
 from vlbench.compare.report.row_pairs import MAX_NAMED_ROWS, format_count, join_names
@@ -77,7 +77,7 @@ def render_html(findings: ComparisonResult) -> str:
         "exp": math.exp,
         "breakable": _breakable,
         "significant": name_significant,
-        "detectable": detectable_of_all,
+        "detectable": detectable_text,
     }
     environment.globals |= {
         "format_count": format_count,

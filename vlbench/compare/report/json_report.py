@@ -8,6 +8,7 @@ from typing import Any
 
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.curve_record import curves_record
+from vlbench.compare.report.detectable_difference import UNDETECTABLE
 from vlbench.compare.report.information_loss import (
     LOSSES,
     InformationLoss,
@@ -75,6 +76,7 @@ def _row_entry(row: RowResult) -> dict[str, Any]:
 
 def _pair_entry(pair: RowPair) -> dict[str, Any]:
     difference = pair.difference
+    smallest = difference.smallest_detectable
     return {
         "better": pair.better,
         "worse": pair.worse,
@@ -84,7 +86,7 @@ def _pair_entry(pair: RowPair) -> dict[str, Any]:
         "p_corrected": pair.corrected_p,
         "tests_in_family": pair.pair_count,
         "more_than_chance": pair.is_significant,
-        "smallest_detectable": difference.smallest_detectable,
+        "smallest_detectable": None if smallest >= UNDETECTABLE else smallest,
     }
 
 

@@ -18,8 +18,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from vlbench.compare.report.eval_answers import checkpoint_role
-from vlbench.compare.report.task_answers import EVAL_FOLDER, LAST_CHECKPOINT, TaskAnswers
+from vlbench.compare.report.eval_answers import asked_checkpoint
+from vlbench.compare.report.task_answers import EVAL_FOLDER, TaskAnswers
 from vlbench.errors import UserError
 from vlbench.evaluate.tasks.benchmark_types import (
     MMMU_DOMAINS,
@@ -27,7 +27,6 @@ from vlbench.evaluate.tasks.benchmark_types import (
 )
 from vlbench.evaluate.tasks.scoring_protocols import scoring_protocol
 from vlbench.text_files import read_json, read_json_lines
-from vlbench.train.checkpoint_files import CHECKPOINT_NAME
 
 NO_METRICS = {
     *("doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"),
@@ -101,7 +100,7 @@ def _read_settings(run_folder: Path, file: Path, results: Mapping[str, Any]) -> 
     settings = {name: _as_text(value) for name, value in told.items() if value not in (None, "")}
     arguments = _model_arguments(_mapping(results, "config").get("model_args"))
     paths = [arguments[key] for key in MODEL_PATHS if arguments.get(key)]
-    settings["checkpoint"] = _checkpoint_of(run_folder, file, paths)
+    settings["checkpoint"] = asked_checkpoint(run_folder, file, paths, "lmms-eval")
     others = {k: v for k, v in arguments.items() if k not in (*MODEL_PATHS, *FREE_MODEL_ARGS)}
     return settings | others
 
@@ -123,31 +122,14 @@ def _model_arguments(model_args: object) -> dict[str, str]:
     return {key.strip(): value.strip() for key, equals, value in words if equals}
 
 
-def _checkpoint_of(run_folder: Path, file: Path, model_paths: Sequence[str]) -> str:
-    """Return the checkpoint that answered: "last", or its name.
-
-    Raises a UserError where the answers are those of another model.
-    """
-    own = run_folder.resolve()
-    for path in map(Path, model_paths):
-        if path.exists() and not path.resolve().is_relative_to(own):
-            raise UserError(f"{file}: lmms-eval asked another model, {path}")
-        if CHECKPOINT_NAME.fullmatch(path.name):
-            return checkpoint_role(run_folder, path.name)
-    for name in file.relative_to(run_folder / EVAL_FOLDER).parts:
-        if CHECKPOINT_NAME.fullmatch(name):
-            return checkpoint_role(run_folder, name)
-    return LAST_CHECKPOINT  # `model=RUN` is its last one
-
-
 def _read_metrics(
     file: Path, settings: Mapping[str, str], results: Mapping[str, Any]
 ) -> tuple[list[TaskAnswers], list[str]]:
-    """Return one metric after another, and a sentence if none has values to compare."""
+    """Return one metric after another, and a sentence on those without values to compare."""
     task, lines = _task_of(file), read_json_lines(file)
     is_better = _mapping(_mapping(results, "higher_is_better"), task)
     metrics = dict.fromkeys(key for line in lines for key in line if key not in NO_METRICS)
-    found = []
+    found, unusable = [], []
     logged = set()  # metrics that only differ in how they are summed up log the same mappings
     for metric in metrics:
         values = json.dumps([line.get(metric) for line in lines])
@@ -155,11 +137,14 @@ def _read_metrics(
         if one is not None and ("{" not in values or values not in logged):
             task_name = f"lmms-eval {task}: {metric}"
             found.append(replace(one, task=task_name, settings={**settings, **one.settings}))
+        unusable += [metric] if one is None else []
         logged.add(values)
-    if found:
+    if not unusable and metrics:
         return found, []
-    named = ", ".join(metrics) or "it"
-    return [], [f"{file}: {named} has no values from 0 to 1 for single questions; it is left out."]
+    named = ", ".join(unusable) or "it"
+    return found, [
+        f"{file}: {named} has no values from 0 to 1 for single questions; it is left out."
+    ]
 
 
 def _read_metric(

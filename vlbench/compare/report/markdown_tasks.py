@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 from vlbench.compare.report.analysis import ComparisonResult
-from vlbench.compare.report.pair_families import detectable_of_all, name_significant
+from vlbench.compare.report.pair_families import detectable_text, name_significant
 from vlbench.compare.report.question_kinds import QuestionGroup
 from vlbench.compare.report.row_pairs import RowPair
 from vlbench.compare.report.task_comparison import TaskComparison
@@ -72,7 +72,6 @@ def _score_line(
     """Return a line of the table; a row that was not asked has an empty cell."""
     cells = [f"{scores[name]:.3f}" if name in scores else "" for name in row_names]
     if len(row_names) > 1:
-        detectable = detectable_of_all(pairs)
         cells.append(markdown_text(name_significant(pairs, {name: name for name in row_names})))
-        cells.append("" if detectable is None else f"{100 * detectable:.1f}")
+        cells.append(detectable_text(pairs))
     return f"| {markdown_text(label)} | {' | '.join(cells)} |"

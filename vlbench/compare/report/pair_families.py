@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence, Set
 
+from vlbench.compare.report.detectable_difference import describe_points
 from vlbench.compare.report.paired_statistics import RowStatistics, holm_correction
 from vlbench.compare.report.row_pairs import RowPair, all_pairs
 
@@ -78,6 +79,10 @@ def name_significant(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> str
     return "; ".join(named) or ("none" if pairs else "")
 
 
-def detectable_of_all(pairs: Sequence[RowPair]) -> float | None:
-    """Return the difference that any pair would show in 80 of 100 repetitions; None without any."""
-    return max((pair.difference.smallest_detectable for pair in pairs), default=None)
+def detectable_text(pairs: Sequence[RowPair]) -> str:
+    """Return the points that any pair would show in 80 of 100 repetitions; "" without a pair.
+
+    Where one of them could not show any difference, it is "none".
+    """
+    largest = max((pair.difference.smallest_detectable for pair in pairs), default=None)
+    return "" if largest is None else describe_points(largest).removesuffix(" points")

@@ -27,12 +27,14 @@ from vlbench.compare.report.detectable_difference import (
 from vlbench.compare.report.question_clusters import (
     CorrectMatrix,
     cluster_values,
+    effective_clusters,
     number_clusters,
     sum_clusters,
 )
 from vlbench.compare.report.seed_variance import SeedVariances, UncertainVariance
 
 CONFIDENCE_LEVEL = 0.95  # of intervals
+ROUNDING = 1e-9  # sums of scores of the VQA challenge, in tenths, that are equal differ by less
 
 
 @dataclass(frozen=True)
@@ -68,7 +70,10 @@ class PairedDifference:
         count = self.uncertainty.seed_count
         seeds = f"{count} seeds" if count > 1 else "1 seed"
         excludes_zero = self.interval_low > 0 or self.interval_high < 0
-        caution = "" if excludes_zero else "; this may be chance"
+        is_level = abs(self.mean) < ROUNDING
+        caution = "" if excludes_zero or is_level else "; this may be chance"
+        if is_level:
+            return f"{first_name} is level with {second_name} ({interval}; {seeds}{caution})"
         return f"{first_name} is {size} {word} {second_name} ({interval}; {seeds}{caution})"
 
 
@@ -131,7 +136,7 @@ class RowStatistics:
 
         These may be any weights.
         """
-        clusters_known = max(1, self.cluster_count - 1)
+        clusters_known = max(1.0, effective_clusters(self.clusters) - 1)
         between = float(signs @ self._between @ signs)
         if self.seed_count == 1:
             return UncertainVariance(between / self.cluster_count + extra, clusters_known, 0.0)
@@ -181,6 +186,7 @@ class RowStatistics:
         p_value = float(2 * stdtr(degrees, -abs(mean) / error))
         wins = (self.correct[first] - self.correct[second]).sum(axis=0)
         wins = sum_clusters(wins, self.clusters)
+        wins[np.abs(wins) < ROUNDING] = 0
         if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
             p_value = max(p_value, proportion_interval.sign_test(wins))
         return PairedDifference(
@@ -194,7 +200,7 @@ class RowStatistics:
                 accuracy=float(self.accuracies[[first, second]].mean()),
                 seed_share=found.seed_share,
                 pair_count=max(1, pair_count or self.row_count * (self.row_count - 1) // 2),
-                question_count=self.question_count,
+                question_count=self.cluster_count,
                 seed_count=self.seed_count,
             ),
         )

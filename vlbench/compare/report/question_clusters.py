@@ -46,3 +46,14 @@ def cluster_values(correct: NDArray[np.float64], clusters: NDArray[np.int64]) ->
     right = sum_clusters(correct, clusters)
     values: CorrectMatrix = share + (right - share * sizes) * len(sizes) / correct.shape[-1]
     return values
+
+
+def effective_clusters(clusters: NDArray[np.int64]) -> float:
+    """Return how many clusters of one size tell as much of their variance as these.
+
+    It is their number where they are of one size, and less where a few hold most of the questions:
+    the variance of a share rests on these then, and an estimate of it has few degrees of freedom
+    (Satterthwaite 1946, doi:10.2307/3002019, with a cluster's variance as its size).
+    """
+    sizes = np.bincount(clusters)
+    return float(sizes.sum() ** 2 / (sizes**2).sum())

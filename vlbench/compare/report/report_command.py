@@ -15,6 +15,7 @@ from vlbench.compare.report.curve_plan import find_curve_plan
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.json_report import render_json
 from vlbench.compare.report.markdown_report import render_markdown
+from vlbench.compare.report.nested_files import files_below
 from vlbench.compare.report.sweep_summary import describe_sweep
 from vlbench.compare.report.unfinished_runs import find_unfinished_runs, is_trial
 from vlbench.compare.report.vote_records import read_votes
@@ -107,11 +108,21 @@ def _find_run_folders(folders: Sequence[Path]) -> list[Path]:
     """
     run_folders: list[Path] = []
     for folder in folders:
-        nested = sorted(
-            file.parent for file in folder.rglob("results.json") if not is_trial(file.parent)
-        )
+        nested = [
+            file.parent
+            for file in files_below(folder, "results.json")
+            if _is_run(file.parent) and not is_trial(file.parent)
+        ]
         is_run = (folder / "recipe.yaml").is_file()
         if not is_run and not nested:
             raise UserError(f"{folder} is no run folder, and none lies in it that is finished")
         run_folders += [folder] if is_run else nested
     return list(dict.fromkeys(run_folders))
+
+
+def _is_run(folder: Path) -> bool:
+    """Tell whether a results.json is of a run: those of other programs lie alone.
+
+    A run that lacks one of its other files is an error where it is loaded.
+    """
+    return any((folder / name).is_file() for name in ("recipe.yaml", "answers.jsonl"))

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import EngFormatter, MaxNLocator, NullFormatter
 
 from vlbench.compare.report.analysis import RowResult
+from vlbench.compare.report.detectable_difference import UNDETECTABLE
 from vlbench.compare.report.question_kinds import QuestionGroup
 from vlbench.compare.report.row_costs import pareto_frontier
 from vlbench.compare.report.row_pairs import RowPair
@@ -116,8 +117,9 @@ def plot_differences(pairs: Sequence[RowPair], labels: Mapping[str, str]) -> Mar
             markerfacecolor=TEXT_COLOR if pair.is_significant else "white",
             capsize=3,
         )
-        smallest = 100 * difference.smallest_detectable
-        axes.plot([smallest], [y], "|", color="#D55E00", markersize=15)
+        if difference.smallest_detectable < UNDETECTABLE:
+            smallest = 100 * difference.smallest_detectable
+            axes.plot([smallest], [y], "|", color="#D55E00", markersize=15)
     axes.axvline(0, color=MUTED_COLOR, linewidth=1)
     label_rows(axes, names)
     axes.set_xlim(*widen_range(axes.dataLim.xmin, axes.dataLim.xmax, MIN_DIFFERENCE_SPAN))

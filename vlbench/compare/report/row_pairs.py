@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from vlbench.compare.report.detectable_difference import SIGNIFICANCE_LEVEL
+from vlbench.compare.report.detectable_difference import SIGNIFICANCE_LEVEL, describe_points
 from vlbench.compare.report.paired_statistics import (
     PairedDifference,
     RowStatistics,
@@ -56,11 +56,8 @@ class RowPair:
 
     def full_sentence(self) -> str:
         """Return the short sentence with the smallest detectable difference."""
-        smallest = 100 * self.difference.smallest_detectable
-        return (
-            f"{self.short_sentence()} Smallest detectable difference of this design: "
-            f"{smallest:.1f} points."
-        )
+        smallest = describe_points(self.difference.smallest_detectable)
+        return f"{self.short_sentence()} Smallest detectable difference of this design: {smallest}."
 
 
 def all_pairs(row_count: int) -> list[tuple[int, int]]:

@@ -35,8 +35,8 @@ def floor_and_ceiling_warnings(
     warnings = []
     if floor:
         warnings.append(
-            f"At the floor, no better than with a blank image: {', '.join(floor)}. Longer training "
-            "or other rates may change everything about them."
+            "At the floor, their interval reaching down to the accuracy with a blank image: "
+            f"{', '.join(floor)}. Longer training or other rates may change everything about them."
         )
     if ceiling:
         warnings.append(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from vlbench.compare.report.nested_files import files_below
 from vlbench.compare.report.row_pairs import join_words
 from vlbench.compare.report.sweep_record import RowSweep, read_sweep
 
@@ -58,8 +59,9 @@ def describe_sweep(folder: Path, row_names: Sequence[str] | None = None) -> list
 
 def _finished_rows(folder: Path) -> list[str]:
     """Return the names of rows that have finished runs: their folders, within the comparison's."""
-    files = sorted(folder.glob("**/seed*/results.json"))
-    return list(dict.fromkeys(file.parents[1].relative_to(folder).as_posix() for file in files))
+    runs = [file.parent for file in files_below(folder, "results.json")]
+    rows = [run.parent for run in runs if run.name.startswith("seed") and run != folder]
+    return list(dict.fromkeys(row.relative_to(folder).as_posix() for row in rows))
 
 
 def _describe_choice(chosen: Mapping[str, float] | None) -> str:

@@ -62,14 +62,14 @@ def _budget_warning(rows: Sequence[ComparisonArm]) -> str:
 def budgets_warning(counts: Mapping[str, Mapping[str, float]]) -> str:
     """Return a sentence if rows differ in what is counted: label -> row -> count."""
     told = [
-        f"{label} {_group_names({name: f'{value:,.6g}' for name, value in values.items()})}"
+        f"{label} {group_names({name: f'{value:,.6g}' for name, value in values.items()})}"
         for label, values in counts.items()
         if values and max(values.values()) > (1 + BUDGET_TOLERANCE) * min(values.values())
     ]
     return f"Training budgets differ: {'; '.join(told)}." if told else ""
 
 
-def _group_names(values: Mapping[str, str]) -> str:
+def group_names(values: Mapping[str, str]) -> str:
     """Return "900 (A, B), 1,050 (C)": each value with the rows that have it."""
     names_by_value: dict[str, list[str]] = {}
     for name, value in values.items():
@@ -89,7 +89,7 @@ def parts_warning(recipe_by_row: Mapping[str, Mapping[str, Any]]) -> str:
     for stage in stages:
         parts = {name: _trained_parts(recipe, stage) for name, recipe in recipe_by_row.items()}
         if len(set(parts.values())) > 1:
-            told.append(f"{stage}: {_group_names(parts)}")
+            told.append(f"{stage}: {group_names(parts)}")
     return f"Different parts are trained: {'; '.join(told)}." if told else ""
 
 
@@ -126,7 +126,7 @@ def _truncation_warning(rows: Sequence[ComparisonArm]) -> str:
     if len(told) > 1 and len(values) == 1:
         return f"Cut off at language.max_length, in all rows alike: {values.pop()}."
     unequally = ", unequally" if len(told) > 1 else ""
-    return f"Cut off at language.max_length{unequally}: {_group_names(told)}."
+    return f"Cut off at language.max_length{unequally}: {group_names(told)}."
 
 
 def _reduction_warning(rows: Sequence[ComparisonArm]) -> str:
@@ -140,9 +140,7 @@ def _reduction_warning(rows: Sequence[ComparisonArm]) -> str:
             has_reduced = has_reduced or bool(reduced)
     if not has_reduced:
         return ""
-    return (
-        f"Fewer tiles than images could have, for vision.max_visual_tokens: {_group_names(told)}."
-    )
+    return f"Fewer tiles than images could have, for vision.max_visual_tokens: {group_names(told)}."
 
 
 def _first_weights_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:
@@ -155,7 +153,7 @@ def _first_weights_warnings(rows: Sequence[ComparisonArm]) -> Iterable[str]:
     yield from map(unprepared_warning, unprepared, unprepared.values())
     began = {row.name: "at random" if _begins_at_random(row) else "pretrained" for row in rows}
     if len(set(began.values())) > 1:
-        yield f"Connectors began differently: {_group_names(began)}."
+        yield f"Connectors began differently: {group_names(began)}."
     for row in rows:
         inits = {str(run.recipe.get("init")) for run in row.runs if run.recipe.get("init")}
         if len(row.runs) > 1 and len(inits) == 1:

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from vlbench.compare.report.nested_files import files_below
 from vlbench.compare.report.sweep_summary import SWEEP_FOLDER, SWEEP_SEED
 from vlbench.text_files import read_yaml
 
@@ -24,7 +25,7 @@ def find_unfinished_runs(folders: Sequence[Path]) -> dict[Path, str]:
         file.parent
         for folder in folders
         if not (folder / "recipe.yaml").is_file()  # else it is a run itself
-        for file in folder.rglob("recipe.yaml")
+        for file in files_below(folder, "recipe.yaml")
         if _is_unfinished(file.parent) and not is_trial(file.parent)
     }
     return {folder: _reason(folder) for folder in sorted(found)}

@@ -1,0 +1,75 @@
+"""Which seeds and questions all rows have: what can be paired.
+
+A question is known by its id. Where data were changed, or rows have other data, one id may stand
+for another question: its true answer or its picture tells. Such questions are never paired.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import PurePath
+
+from vlbench.compare.report.finished_runs import ComparisonArm, FinishedRun, conversation_of
+from vlbench.errors import UserError
+
+
+def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int], list[str]]:
+    """Return the seeds that all arms have, and the questions that all their runs were asked.
+
+    Questions that are not the same in all runs (`unlike_questions`) are left out. A UserError where
+    no seed or no question remains.
+    """
+    seeds = set.intersection(*(set(arm.seeds) for arm in arms))
+    if not seeds:
+        seeds_per_arm = "; ".join(f"{arm.name}: {', '.join(map(str, arm.seeds))}" for arm in arms)
+        raise UserError(
+            f"no seed is common to all rows, so nothing can be paired ({seeds_per_arm})"
+        )
+    runs = [run for arm in arms for run in arm.runs if run.seed in seeds]
+    common = _asked_of_all(runs)
+    if not common:
+        unasked = [f"{run.folder} has no answers" for run in runs if not run.correct]
+        why = f" ({unasked[0]})" if unasked else ""
+        raise UserError(f"no question was asked of all rows, so nothing can be paired{why}")
+    unlike = {*unlike_questions(runs)}
+    if len(unlike) == len(common):
+        raise UserError(
+            "no question was asked of all rows, so nothing can be paired: under the same ids "
+            f"their true answers or pictures differ, as of {common[0]}"
+        )
+    return sorted(seeds), [name for name in common if name not in unlike]
+
+
+def unlike_questions(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the ids of questions of all runs whose true answer or picture differs from run to run.
+
+    Runs of old versions do not tell these. Of a picture's path the name counts, as data may move.
+    """
+    return [
+        name
+        for name in _asked_of_all(runs)
+        if any(_differs(runs, name, tell) for tell in (_true_answer, _picture_name))
+    ]
+
+
+def _asked_of_all(runs: Sequence[FinishedRun]) -> list[str]:
+    """Return the ids that all runs have, in the order of the first run."""
+    common = set.intersection(*(set(run.correct) for run in runs))
+    return [name for name in runs[0].correct if name in common]
+
+
+def _differs(
+    runs: Sequence[FinishedRun], name: str, tell: Callable[[FinishedRun, str], str]
+) -> bool:
+    """Tell whether runs that know something of a question know different things."""
+    return len({told for run in runs if (told := tell(run, name))}) > 1
+
+
+def _true_answer(run: FinishedRun, name: str) -> str:
+    return run.answers_and_truths[name][1]
+
+
+def _picture_name(run: FinishedRun, name: str) -> str:
+    """Return the file name of a question's picture, "" where the run does not name it."""
+    picture = run.clusters[name]
+    return "" if picture == conversation_of(name) else PurePath(picture).name
