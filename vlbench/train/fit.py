@@ -22,6 +22,7 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
+from vlbench.train.answering_model import place_for_answers
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.core_sharing_notice import CoreSharingNotice
@@ -330,9 +331,12 @@ class RunTraining:
                 None,
                 self.run.recipe_file,
             ).finish_writing()
-        vlm.model.requires_grad_(False)
-        self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
-        vlm.to(self.stage_runner.device)  # a sharded model was loaded anew
+        place_for_answers(  # a sharded model was loaded anew
+            vlm,
+            partial(self.stage_runner.hold_frozen_bf16, vlm.model),
+            self.stage_runner.device,
+            run_report.print_status,
+        )
 
 
 def build_or_resume_model(
