@@ -20,6 +20,7 @@ from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
+from vlbench.model.mixed_precision import autocast_context
 from vlbench.model.train_flops import count_step_flops
 from vlbench.train.gpu_names import peak_flops
 from vlbench.train.stage_runner import StageRunner
@@ -167,7 +168,7 @@ def write_profile(log: RunLog, name: str, vlm: Any, data: PackedSteps) -> None:
 
     batch = data[0].micro_batches[0].to(DEVICE)
     with profile(activities=[ProfilerActivity.CUDA, ProfilerActivity.CPU]) as trace:
-        with torch.autocast(DEVICE.type, torch.bfloat16):
+        with autocast_context(DEVICE.type, bf16=True):
             loss = vlm(batch).loss_sum
         loss.backward()
         synchronize_device()

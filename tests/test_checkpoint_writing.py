@@ -114,6 +114,21 @@ def test_columns_are_gathered(tmp_path: Path) -> None:
     assert torch.equal(found["w"], torch.arange(12.0).view(3, 4))
 
 
+def test_the_thread_that_copies_has_the_gpu_of_its_process(monkeypatch):
+    """Otherwise it is the first one of the machine, and gets a CUDA context for each process."""
+    made_current: list[tuple[torch.device, bool]] = []
+    main_thread = threading.get_ident()
+    monkeypatch.setattr(background_writer, "_HostCopier", lambda device: None)
+    monkeypatch.setattr(
+        torch.cuda,
+        "set_device",
+        lambda device: made_current.append((device, threading.get_ident() == main_thread)),
+    )
+    for device in (torch.device("cuda", 3), torch.device("cpu")):
+        BackgroundWriter([], 1 << 20, device).finish()
+    assert made_current == [(torch.device("cuda", 3), False)]
+
+
 def test_a_slow_disk_does_not_fill_the_memory(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -132,6 +132,11 @@ def test_compiler_errors_are_known_by_their_module():
     assert not torch_internals.is_compiler_error(RuntimeError("x"))
 
 
+def test_a_c_compiler_that_triton_does_not_find_is_known_by_its_text():
+    said = "Failed to find C compiler. Please specify via CC environment variable."
+    assert torch_internals.is_compiler_error(RuntimeError(said))
+
+
 def test_compiler_settings_are_put_back():
     from torch import _dynamo
 
@@ -201,6 +206,31 @@ def test_arguments_of_the_variable_length_kernel():
     names = list(inspect.signature(varlen_attn).parameters)
     expected = ["query", "key", "value", "cu_seq_q", "cu_seq_k", "max_q", "max_k"]
     assert names[: len(expected)] == expected and "scale" in names
+
+
+def test_attention_to_all_positions_never_takes_the_kernel_of_cudnn(monkeypatch):
+    """torch 2.14 builds its plan again at every call."""
+    from torch.nn.attention import varlen
+
+    windows = []
+
+    def note(query, key, value, *given, window_size, scale=None):
+        windows.append(window_size)
+        return query
+
+    monkeypatch.setattr(varlen, "varlen_attn", note)
+    attend = torch_internals._load_varlen_attention(causal=False)
+    assert attend is not None
+    with fake_tensors.FakeTensorMode():
+        query = torch.empty(400, 4, 64, device="cuda", dtype=torch.bfloat16)
+        starts = torch.empty(3, device="cuda", dtype=torch.int32)
+        attend(query, query, query, starts, starts, 400, 130)
+    assert windows == [(400, 400)]  # no position is outside of it
+    if not hasattr(varlen, "_can_use_cudnn"):  # torch 2.11 has flash attention alone
+        return
+    monkeypatch.setattr(varlen, "_should_use_cudnn", lambda _: True)
+    assert varlen._can_use_cudnn(query, query, query, 400, [-1, -1])
+    assert not varlen._can_use_cudnn(query, query, query, 400, list(windows[0]))
 
 
 def test_names_of_operations_that_checkpointing_keeps():

@@ -29,7 +29,7 @@ def choice(*words: str, steps: int | None = None) -> tuple[bool, str]:
 def gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr(compile_choice, "peak_flops", lambda _: 989e12)
-    monkeypatch.setattr(compile_choice, "has_gpu_compiler", lambda: True)
+    monkeypatch.setattr(compile_choice, "missing_gpu_compiler", lambda: "")
 
 
 def test_without_a_gpu_nothing_is_compiled():
@@ -50,10 +50,29 @@ def test_what_is_told_is_done(told, gpu):
     assert choice(f"trainer.compile={told}", steps=1) == (told == "true", "")
 
 
-def test_without_triton_nothing_is_compiled(gpu, monkeypatch):
-    monkeypatch.setattr(compile_choice, "has_gpu_compiler", lambda: False)
-    compiles, reason = choice("size=6b", "data.train=x.json", "data.images=x", steps=5000)
-    assert not compiles and "Triton" in reason
+@pytest.mark.parametrize(
+    ("lacks", "said"), [("Triton", "no Triton"), ("gcc", "no C compiler"), ("Python.h", "python3-")]
+)
+def test_without_what_triton_needs_nothing_is_compiled(lacks, said, gpu, monkeypatch, tmp_path):
+    """Images of containers often have no C compiler; the first step would fail."""
+    monkeypatch.undo()
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr(compile_choice, "peak_flops", lambda _: 989e12)
+    for name, made in (("gcc", tmp_path / "bin" / "gcc"), ("Python.h", tmp_path / "Python.h")):
+        made.parent.mkdir(exist_ok=True)
+        if lacks != name:
+            made.touch(0o755)
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: lacks != "Triton")
+    monkeypatch.setattr("sysconfig.get_path", lambda _: str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    monkeypatch.delenv("CC", raising=False)
+    words = ("size=6b", "language.weights=random", "data.train=x.json", "data.images=x")
+    compiles, reason = choice(*words, steps=5000)
+    assert not compiles and said in reason
+    (tmp_path / "bin" / "gcc").touch(0o755)
+    (tmp_path / "Python.h").touch()
+    monkeypatch.setattr("torch.utils._triton.has_triton", lambda: True)
+    assert choice(*words, steps=5000)[0]
 
 
 @pytest.mark.parametrize("recorded", [True, False])

@@ -390,6 +390,49 @@ def tasks_of(run: Path) -> list[int]:
     return sorted(found)
 
 
+FAILING_CALLBACK = """
+import time
+import lightning.pytorch as pl
+from torch import distributed
+
+distributed.get_backend_config = lambda: "cpu:gloo,cuda:nccl"
+distributed.destroy_process_group = lambda: time.sleep(600)  # NCCL waits for all processes
+
+
+class Fails(pl.Callback):
+    def on_train_batch_end(self, *_):
+        if distributed.get_rank() == 1:
+            raise {error}
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (
+            "RuntimeError('CUDA out of memory. Tried to allocate 2.00 GiB')",
+            "out of memory in stage",
+        ),
+        ("ValueError('one process alone')", "ValueError: one process alone"),
+    ],
+)
+def test_an_error_on_one_gpu_is_told_and_ends_all(error, said, tmp_path, monkeypatch):
+    """Whoever leaves a group with NCCL waits for the others, and they wait for a step of it."""
+    (tmp_path / "my_failure.py").write_text(FAILING_CALLBACK.format(error=error))
+    path = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(path))
+    words = ["trainer.callbacks=[my_failure.Fails]", "stages.chat.steps=4"]
+    process = start(*words, f"run={tmp_path / 'run'}")
+    try:
+        told = process.communicate(timeout=100)[1]
+    finally:
+        for number in group_of([process.pid, *children(process)]) if process.poll() is None else []:
+            os.kill(number, signal.SIGKILL)
+    assert process.returncode == 1
+    assert said in told
+
+
 @pytest.mark.slow
 def test_torchrun_starts_it_too(tmp_path):
     run = tmp_path / "run"

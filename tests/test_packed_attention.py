@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 
 import pytest
 import torch
@@ -85,6 +86,56 @@ def test_without_a_kernel_rows_are_joined_position_by_position():
 
 def test_without_a_gpu_there_are_no_bounds():
     assert sample_bounds(LENGTHS, 8, torch.device("cpu")) is None
+
+
+@pytest.mark.parametrize(
+    ("capability", "has_bounds"), [((7, 0), False), ((7, 5), False), ((8, 0), True), ((9, 0), True)]
+)
+def test_gpus_without_flash_attention_take_a_call_for_each_sample(
+    capability, has_bounds, monkeypatch
+):
+    """V100 and T4, on which the variable-length kernel raises an error."""
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *_, **__: self)
+    bounds = sample_bounds(LENGTHS, 8, torch.device("cuda", 0))
+    assert (bounds is not None) == has_bounds
+
+
+@pytest.mark.parametrize(("width", "in_one_call"), [(100, False), (264, False), (64, True)])
+def test_heads_that_the_kernel_refuses_are_attended_to_sample_by_sample(
+    width, in_one_call, monkeypatch
+):
+    """OpenLLaMA of 3 billion weights has heads of width 100; the kernel takes multiples of 8."""
+    calls = []
+
+    def refuse(query, key, value, *given, **options):
+        calls.append(query.shape[-1])
+        return query
+
+    monkeypatch.setattr(packed_attention_module, "find_varlen_attention", lambda: refuse)
+    query = torch.randn(1, 2, 8, width, dtype=torch.bfloat16)
+    bounds = SampleBounds(torch.tensor([0, 5, 8], dtype=torch.int32), 5)
+    out, _ = packed_attention(None, query, query, query, None, bounds=bounds, lengths=[[5, 3]])
+    assert bool(calls) == in_one_call
+    if not in_one_call:
+        each, _ = packed_attention(None, query, query, query, None, lengths=[[5, 3]])
+        assert torch.equal(out, each)
+
+
+def test_compiled_rows_are_one_operation_and_no_warning():
+    query, key, value = heads(torch.bfloat16)
+    bounds = SampleBounds(torch.tensor([0, 5, 8, 12, 14, 16], dtype=torch.int32), 5)
+    find_varlen_attention()  # as the bounds do on a GPU
+
+    def attend(query, key, value):
+        return packed_attention(None, query, key, value, None, 0.25, bounds=bounds)[0]
+
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        graph = torch._dynamo.export(attend)(query, key, value).graph_module.graph
+    assert sum("_varlen_attn" in str(node.target) for node in graph.nodes) == 1
+    assert not [one for one in told if "lru_cache" in str(one.message)]
 
 
 def test_this_torch_has_the_kernel_and_its_options_are_known():

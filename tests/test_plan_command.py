@@ -403,3 +403,12 @@ def test_the_plan_knows_what_fsdp2_keeps_whole():
     within = ("trainer.shard_within_node=true", "trainer.reduce_gradients=micro_batch")
     assert gradients(*within) == trained / 8
     assert persistent_memory(vlm, "ddp", Sharding(16, 8), 2)["gradients"] == trained
+
+
+def test_shards_are_recomputed_in_full_as_training_does_where_it_may_choose(no_rehearsals, capsys):
+    words = ["recipe=yivl_llava", "size=6b", "only=chat", "activation_checkpointing=auto"]
+    words += ["trainer.devices=8", "gpu=h200"]
+    assert main(["plan", *words]) == 0
+    assert "repeats" not in capsys.readouterr().out  # replicas are measured, and fit as they are
+    assert main(["plan", *words, "trainer.strategy=fsdp2"]) == 0
+    assert "checkpointing full repeats" in capsys.readouterr().out

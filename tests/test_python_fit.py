@@ -66,3 +66,11 @@ def test_several_processes_on_mps_are_refused(monkeypatch: pytest.MonkeyPatch) -
     with pytest.raises(UserError, match="mps serves one"):
         process_group._check_gpus(TrainerConfig(devices=2))
     process_group._check_gpus(TrainerConfig(devices=2, accelerator="cpu"))
+
+
+def test_tasks_of_slurm_that_see_one_gpu_each_are_told_how_to_ask_for_all(monkeypatch):
+    monkeypatch.setattr(process_group.torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "8")
+    monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
+    with pytest.raises(UserError, match="finds 1 GPU here.*--gpus-per-node, without --gpus-per-ta"):
+        process_group._check_gpus(TrainerConfig(devices=8))

@@ -8,10 +8,15 @@ import pytest
 from random_vlm import small_vlm
 
 from vlbench.__main__ import main
+from vlbench.config.schema import TrainerConfig
 from vlbench.connector import registry
+from vlbench.distributed import collectives
+from vlbench.planner import training_plan
+from vlbench.planner.options import parse_plan_options
 from vlbench.train import stage_runner
 from vlbench.train.row_length import choose_row_tokens, longest_fitting_row, model_bytes
 from vlbench.train.run_folder import RunFolder
+from vlbench.train.stage_runner import StageRunner
 
 YI_6B = {"none": 8.1e6, "selective": 3.1e6, "full": 0.66e6}
 """Bytes of a token: 32 blocks of 4096 channels."""
@@ -65,3 +70,29 @@ def test_the_choice_is_shown_recorded_and_taken(tmp_path, monkeypatch, capsys):
     assert "max_tokens_per_row=auto: 16384" in capsys.readouterr().out
     assert json.loads((run / "versions.json").read_text())["max_tokens_per_row"] == {"chat": 16384}
     assert "max_tokens_per_row: auto" in (run / "recipe.yaml").read_text()
+
+
+def test_a_model_that_is_sharded_within_a_machine_is_divided_by_its_gpus_alone(monkeypatch):
+    counts = []
+
+    def note(*_: object, shards: int, **__: object) -> int:
+        counts.append(shards)
+        return 4096
+
+    monkeypatch.setattr(stage_runner, "choose_row_tokens", note)
+    monkeypatch.setattr(training_plan, "choose_row_tokens", note)
+    monkeypatch.setattr(collectives, "world_size", lambda: 128)
+    monkeypatch.setattr(StageRunner, "is_sharded", True)
+    settings = {"devices": 8, "num_nodes": 16, "strategy": "fsdp2", "accelerator": "cpu"}
+    vlm = small_vlm(registry.load_connector("linear")).model
+    for is_within in (False, True):
+        trainer = TrainerConfig(**settings, shard_within_node=is_within)
+        runner = StageRunner(
+            trainer_config=trainer, precision="bf16", activation_checkpointing="full", seed=0
+        )
+        assert runner.choose_row_tokens(vlm) == 4096
+        words = [f"trainer.{name}={value}" for name, value in settings.items()]
+        words += ["recipe=yivl_llava", "size=34b", "stages.chat.max_tokens_per_row=auto"]
+        words += [f"trainer.shard_within_node={str(is_within).lower()}"]
+        assert training_plan.stage_row_tokens(parse_plan_options(words), "chat", vlm, 1e11) == 4096
+    assert counts == [128, 128, 8, 8]

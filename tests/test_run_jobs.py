@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 
+from vlbench.compare.experiment import compare_command, lr_sweep, run_jobs
 from vlbench.compare.experiment import grid as grids
-from vlbench.compare.experiment import lr_sweep, run_jobs
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
 
@@ -113,6 +113,31 @@ def test_every_job_has_its_gpu_or_its_part_of_the_processors(programs, tmp_path,
     assert [env["CUDA_VISIBLE_DEVICES"] for env in programs[2:]] == ["5", "7"]
     monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 0)
     assert run_jobs.count_slots("auto") == 4 and run_jobs.count_slots("6") == 6
+
+
+def test_a_run_of_several_gpus_has_as_many_for_itself(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_jobs.torch.cuda, "device_count", lambda: 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7,6,5,4,3")
+    words = ["recipe=yivl_llava,yivl_qformer", "seeds=3", "trainer.devices=2", "run=c"]
+    grid = grids.parse_grid([*words, "trainer.accelerator=gpu"])
+    started = []
+
+    def note(jobs, slot_count, is_ready, on_start, on_end, run_gpus=1):
+        started.append(
+            [
+                run_jobs.slot_environment(slot, slot_count, run_gpus)["CUDA_VISIBLE_DEVICES"]
+                for slot in range(slot_count)
+            ]
+        )
+
+    monkeypatch.setattr(compare_command, "train_jobs", note)
+    compare_command._train_unfinished(grid, compare_command._make_jobs(grid))
+    assert started == [["7,6", "5,4"]]
+    more = [run_jobs.slot_environment(slot, 3, 2)["CUDA_VISIBLE_DEVICES"] for slot in range(3)]
+    assert more == ["7,6", "5,4", "7,6"]
+    few = run_jobs.slot_environment(0, run_jobs.count_slots("auto", 8), 8)
+    assert few["CUDA_VISIBLE_DEVICES"] == "7,6,5,4,3"  # the run says that they are too few
 
 
 def test_a_sweep_multiplies_the_rate_of_every_stage(tmp_path, monkeypatch):

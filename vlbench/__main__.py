@@ -26,8 +26,9 @@ def run_program() -> int:
 
     with end_silently_on_interrupt():
         from vlbench import command_dispatch
+        from vlbench.distributed.abrupt_exit import run_and_exit
 
-    return command_dispatch.run_command()
+    return run_and_exit(command_dispatch.run_command)
 
 
 def is_help_printed(argv: list[str]) -> bool:

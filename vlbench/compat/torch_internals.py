@@ -8,11 +8,15 @@ from __future__ import annotations
 import functools
 import gc
 import inspect
+import os
+import shutil
 import sys
+import sysconfig
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from contextvars import ContextVar
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +32,8 @@ ATTENTION_OPERATIONS = (
     "_scaled_dot_product_flash_attention_for_cpu",
 )
 VARLEN_OPERATION = "_varlen_attn"
+C_COMPILERS = ("gcc", "clang")
+NO_C_COMPILER = "Failed to find C compiler"
 
 
 def parameter_slots(module: nn.Module) -> dict[str, nn.Parameter | Tensor | None]:
@@ -83,24 +89,34 @@ def scale_in_place(tensors: Sequence[Tensor], factor: float) -> None:
 
 
 def is_compiler_error(error: BaseException) -> bool:
-    """Tell whether `error` was raised by `torch.compile`: by the module of its class.
+    """Tell whether `error` was raised by `torch.compile`: by the module of its class, or its text.
 
-    If `torch._dynamo` or `torch._inductor` are renamed, a missing C++ compiler ends in a stack
-    trace instead of one line.
+    Triton compiles what launches a kernel when that is first launched, and raises a RuntimeError
+    where it finds no C compiler. If `torch._dynamo` or `torch._inductor` are renamed, a missing C++
+    compiler ends in a stack trace instead of one line.
     """
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    is_of_compiler = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return is_of_compiler or NO_C_COMPILER in str(error)
 
 
-def has_gpu_compiler() -> bool:
-    """Tell whether torch.compile has what it needs for a GPU: `torch.utils._triton.has_triton`.
+def missing_gpu_compiler() -> str:
+    """Return what torch.compile lacks for a GPU, in a few words, "" where it lacks nothing.
 
-    If it goes, runs on a GPU are compiled only when they are told to be.
+    That is Triton (`torch.utils._triton.has_triton`), and what Triton compiles the launchers of
+    kernels with, as `triton.runtime.build` looks for it: images of containers often have no C
+    compiler. If `has_triton` goes, runs on a GPU are compiled only when they are told to be.
     """
     try:
         from torch.utils._triton import has_triton
     except ImportError:
-        return False
-    return bool(has_triton())
+        return "torch finds no Triton for this GPU"
+    if not has_triton():
+        return "torch finds no Triton for this GPU"
+    if not os.environ.get("CC") and not any(map(shutil.which, C_COMPILERS)):
+        return "Triton finds no C compiler: install gcc"
+    if not Path(sysconfig.get_path("include"), "Python.h").is_file():
+        return "Triton finds no Python.h: install python3-dev"
+    return ""
 
 
 def compiler_settings(**settings: Any) -> AbstractContextManager[object]:
@@ -163,26 +179,51 @@ class ProcessSettings:
 _PROCESS_SETTINGS = ProcessSettings()  # of torch._dynamo.config, where threads share it
 
 
-@functools.cache
+_VARLEN_ATTENTION: dict[bool, Callable[..., Tensor] | None] = {}
+"""What `find_varlen_attention` has found, by `causal`."""
+
+
 def find_varlen_attention(causal: bool = True) -> Callable[..., Tensor] | None:
     """Return `torch.nn.attention.varlen.varlen_attn` with grouped heads, None without one.
 
     The names of its options differ between versions of torch: `is_causal` or `window_size`, and
     `enable_gqa` in some. With neither of the first two, packed rows take one call per sample.
+
+    It is called in compiled code, where `functools.cache` would be passed over, with a warning.
     """
+    if causal not in _VARLEN_ATTENTION:
+        _VARLEN_ATTENTION[causal] = _load_varlen_attention(causal)
+    return _VARLEN_ATTENTION[causal]
+
+
+def _load_varlen_attention(causal: bool) -> Callable[..., Tensor] | None:
     try:
         from torch.nn.attention.varlen import varlen_attn
     except ImportError:
         return None
     options = inspect.signature(varlen_attn).parameters
-    if "window_size" in options:
-        mask_options: dict[str, Any] = {"window_size": (-1, 0 if causal else -1)}
-    elif "is_causal" in options:
-        mask_options = {"is_causal": causal}
-    else:
-        return None
     attend = with_grouped_heads(varlen_attn, "enable_gqa" in options)
-    return functools.partial(attend, **mask_options)
+    if "window_size" in options and causal:
+        return functools.partial(attend, window_size=(-1, 0))
+    if "window_size" in options:
+        return functools.partial(_attend_to_all, attend)
+    if "is_causal" in options:
+        return functools.partial(attend, is_causal=causal)
+    return None
+
+
+def _attend_to_all(attend: Callable[..., Tensor], *args: Any, **options: Any) -> Tensor:
+    """Call `varlen_attn`, each position attending to all of its segment, by flash attention.
+
+    Without a window torch 2.14 takes cuDNN's kernel on Hopper and Blackwell, whose plan it builds
+    again at every call: 42 ms each way (pytorch/pytorch#191576). Flash attention
+    takes a window as long as the longest segment for none.
+    """
+    import torch
+
+    longest = max(args[5:7])
+    window = (-1, -1) if torch.version.hip else (longest, longest)
+    return attend(*args, window_size=window, **options)
 
 
 def with_grouped_heads(attend: Callable[..., Any], supports_gqa: bool) -> Callable[..., Tensor]:

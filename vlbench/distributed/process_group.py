@@ -33,6 +33,10 @@ LOST_PEER_MESSAGES = (
 )
 TIMEOUT_MESSAGES = ("timed out waiting", "wait timeout", "operation timeout")  # gloo, store, NCCL
 GLOO_SETTLE_SECONDS = 0.05  # its threads need microseconds
+SLURM_GPUS_HINT = (
+    "Each task has to see all GPUs of its machine: ask for them with --gpus-per-node, without "
+    "--gpus-per-task and --gpu-bind, which show a task its own alone"
+)
 STEP_TIMEOUT = timedelta(minutes=30)  # for another process in training; Lightning's default
 CALL_TIMEOUT = timedelta(hours=24)
 """For what another process does for all: 70 GB of weights are downloaded at 1 MB/s in 20 hours. One
@@ -59,8 +63,7 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
         )
     _init_process_group(settings, environment)
     with contextlib.ExitStack() as stack:
-        stack.callback(_end_group_threads)  # again: what ran within `with` is garbage by now
-        stack.callback(leave_process_group)
+        stack.enter_context(_left_in_the_end())
         if not collectives.is_rank_zero():
             quiet = stack.enter_context(open(os.devnull, "w", encoding="utf-8"))
             stack.enter_context(contextlib.redirect_stdout(quiet))
@@ -68,6 +71,27 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
         if settings.shard_within_node:
             check_neighbours(collectives.all_gather_objects(platform.node()), settings.devices)
         yield
+
+
+@contextlib.contextmanager
+def _left_in_the_end() -> Iterator[None]:
+    """Leave the process group at the end of `with`, but not after an error where NCCL is in it.
+
+    NCCL would wait for the other processes, which wait for this one (`abrupt_exit`).
+    """
+    try:
+        yield
+    except BaseException:
+        if not _exchanges_by_nccl():
+            leave_process_group()
+            _end_group_threads()
+        raise
+    leave_process_group()
+    _end_group_threads()  # again: what ran within `with` is garbage by now
+
+
+def _exchanges_by_nccl() -> bool:
+    return collectives.is_distributed() and "nccl" in distributed.get_backend_config()
 
 
 def check_neighbours(hosts: Sequence[str], devices: int) -> None:
@@ -164,8 +188,10 @@ def _check_gpus(settings: TrainerConfig) -> None:
             "or trainer.devices=1"
         )
     if settings.accelerator in ("auto", "gpu") and 0 < gpu_count < settings.devices:
+        noun = "GPU" if gpu_count == 1 else "GPUs"
         raise UserError(
-            f"trainer.devices is {settings.devices}, and torch finds {gpu_count} GPUs here"
+            f"trainer.devices is {settings.devices}, and torch finds {gpu_count} {noun} here"
+            + (f". {SLURM_GPUS_HINT}" if is_slurm_task() else "")
         )
 
 

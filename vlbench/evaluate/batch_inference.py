@@ -33,7 +33,7 @@ from vlbench.evaluate.tasks.benchmark_types import GenerationLimits
 from vlbench.file_lock import hold_folder
 from vlbench.model.generation.answer_text import decode_answer
 from vlbench.model.loaded_vlm import LoadedVLM
-from vlbench.system_errors import explain_unwritable
+from vlbench.system_errors import explain_unwritable, is_memory_error
 from vlbench.text_files import (
     append_text,
     format_json,
@@ -77,22 +77,30 @@ def answer_questions(
 ) -> list[str]:
     """Return the greedy answer to every question, [] if `should_stop` became true before the end.
 
-    Questions of similar length share a batch. A UserError where one cannot be encoded
-    (`split_askable` leaves those out).
+    Questions of similar length share a batch, half as many where memory does not suffice. A
+    UserError where one cannot be encoded (`split_askable` leaves those out).
     """
     max_new_tokens = max_answer_tokens(vlm, [question.answer for question in questions])
     prompt_lengths = [len(vlm.processor.encode_prompt(question.sample)) for question in questions]
     order = sorted(range(len(questions)), key=prompt_lengths.__getitem__)
     answers = [""] * len(questions)
+    start, batch_size = 0, QUESTIONS_PER_BATCH
     with tqdm(total=len(questions), desc=title, unit="question", disable=None) as bar:
-        for start in range(0, len(order), QUESTIONS_PER_BATCH):
+        while start < len(order):
             if should_stop():
                 return []
-            indices = order[start : start + QUESTIONS_PER_BATCH]
+            indices = order[start : start + batch_size]
             samples = [questions[index].sample for index in indices]
-            new_answers = answer_batch(vlm, samples, max_new_tokens=max_new_tokens)
+            try:
+                new_answers = answer_batch(vlm, samples, max_new_tokens=max_new_tokens)
+            except Exception as error:
+                if len(indices) == 1 or not is_memory_error(error):
+                    raise
+                batch_size = len(indices) // 2
+                continue
             for index, answer in zip(indices, new_answers, strict=True):
                 answers[index] = answer
+            start += len(indices)
             bar.update(len(indices))
     return answers
 

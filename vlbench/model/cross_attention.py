@@ -17,9 +17,7 @@ from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.weak import WeakIdKeyDictionary
 
 from vlbench.compat.torch_internals import find_varlen_attention
-
-MAX_HEAD_WIDTH = 256  # of torch's variable-length kernel, which needs a multiple of 8
-HEAD_WIDTH_MULTIPLE = 8
+from vlbench.model.flash_kernels import runs_flash_kernels, takes_heads
 
 
 class ImageSegments:
@@ -109,13 +107,11 @@ def attend_to_images(
 
 
 def _has_kernel(query: Tensor) -> bool:
-    width = query.shape[-1]
-    fits = (
-        query.dtype in (torch.bfloat16, torch.float16)
-        and not width % HEAD_WIDTH_MULTIPLE
-        and width <= MAX_HEAD_WIDTH
+    return (
+        takes_heads(query.dtype, query.shape[-1])
+        and runs_flash_kernels(query.device)
+        and find_varlen_attention(causal=False) is not None
     )
-    return fits and query.device.type == "cuda" and find_varlen_attention(causal=False) is not None
 
 
 def _attend_images_varlen(

@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from vlbench.compat.torch_internals import find_varlen_attention
 from vlbench.compat.transformers_internals import sdpa_attention
+from vlbench.model.flash_kernels import runs_flash_kernels, takes_heads
 from vlbench.model.language_loss import matmul_dtype
 
 PACKED_ATTENTION = "vlbench_packed"
@@ -56,7 +57,7 @@ def sample_bounds(
     The padding of a row counts as a sample, whose output is not used. The bounds are made once per
     forward pass, for all layers, and are copied to the device without waiting.
     """
-    if device.type != "cuda" or find_varlen_attention() is None:
+    if not runs_flash_kernels(device) or find_varlen_attention() is None:
         return None
     sizes = [size for row in lengths for size in (*row, row_length - sum(row)) if size]
     begins = torch.tensor([0, *sizes], dtype=torch.int32).cumsum(0, dtype=torch.int32)
@@ -87,7 +88,8 @@ def packed_attention(
         dropout: Probability, in training.
         lengths: The sample lengths of each row in order, as Python numbers; what follows them is
             padding, whose output means nothing.
-        bounds: The same for the variable-length kernel of a GPU.
+        bounds: The same for the variable-length kernel of a GPU; `lengths` count where it does not
+            take the heads.
 
     Returns:
         `[rows, length, heads, head width]`, and None in place of the attention weights.
@@ -97,7 +99,7 @@ def packed_attention(
             module, query, key, value, attention_mask, scaling=scaling, dropout=dropout, **kwargs
         )
     dtype = matmul_dtype(query)  # rotary embedding gives float32, also under autocast
-    if bounds is not None and dtype in (torch.bfloat16, torch.float16):
+    if bounds is not None and takes_heads(dtype, query.shape[-1]):
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
         return _attend_varlen(query, key, value, bounds, scaling), None
     return _attend_per_sample(query, key, value, scaling, dropout, lengths), None

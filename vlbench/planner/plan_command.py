@@ -216,14 +216,21 @@ def _yi_vl_comparison(plan: TrainingPlan) -> list[str]:
 
 
 def _checkpointing_mode(plan: TrainingPlan) -> str:
-    """Return the recipe's checkpointing; for `auto` the cheapest that fits its strategy."""
-    mode = plan.options.recipe.activation_checkpointing
+    """Return the recipe's checkpointing; for `auto` what training chooses.
+
+    That is the cheapest that fits, and `full` where the model is sharded: it is not measured then
+    (`train.auto_checkpointing`).
+    """
+    options = plan.options
+    mode = options.recipe.activation_checkpointing
     if mode != "auto":
         return mode
+    if options.strategy == "fsdp2" and options.world_size > 1:
+        return "full"
     fitting = [
         estimate
         for estimate in plan.strategy_estimates
-        if estimate.fits_memory and estimate.strategy == plan.options.strategy
+        if estimate.fits_memory and estimate.strategy == options.strategy
     ]
     if not fitting:
         return "full"

@@ -157,7 +157,7 @@ def stage_row_tokens(options: PlanOptions, stage_name: str, vlm: VLM, memory_bud
         memory_budget,
         recipe.activation_checkpointing,
         bf16=recipe.precision == "bf16",
-        shards=options.world_size if options.strategy == "fsdp2" else 1,
+        shards=recipe.trainer.shard_count if options.strategy == "fsdp2" else 1,
     )
 
 

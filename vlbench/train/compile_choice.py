@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import torch
 
-from vlbench.compat.torch_internals import has_gpu_compiler
+from vlbench.compat.torch_internals import missing_gpu_compiler
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import TrainerConfig
@@ -52,8 +52,8 @@ def choose_compile(
         return CompileChoice(recorded, "as the run began")
     if trainer.accelerator not in ("auto", "gpu") or not torch.cuda.is_available():
         return CompileChoice(False, "")
-    if not has_gpu_compiler():
-        return CompileChoice(False, "torch finds no Triton for this GPU")
+    if missing := missing_gpu_compiler():
+        return CompileChoice(False, missing)
     peak = peak_flops(torch.device("cuda")) or ASSUMED_PEAK_FLOPS
     seconds = estimate_flops(config, stage_runs) / (peak * ASSUMED_MFU * trainer.world_size)
     length = format_duration(seconds)

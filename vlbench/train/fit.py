@@ -22,10 +22,12 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
+from vlbench.train.answering_model import place_for_answers
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
 from vlbench.train.core_sharing_notice import CoreSharingNotice
 from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
+from vlbench.train.load_memory import describe_small_memory
 from vlbench.train.nonfinite_guard import NonFiniteGuard
 from vlbench.train.progress_logging import ProgressCallback, truncate_metrics
 from vlbench.train.quarantine import QuarantineCallback, quarantine_samples
@@ -113,9 +115,18 @@ class RunTraining:
         """Return how many seconds the run has taken, without the time in which it was stopped."""
         return self.earlier_seconds + time.monotonic() - self.started_at
 
+    def tell_small_memory(self) -> None:
+        """Print a line if this machine has too little memory to load the model."""
+        if self.stage_runner.is_sharded:
+            return
+        processes = min(collectives.world_size(), self.stage_runner.trainer_config.devices)
+        if caution := describe_small_memory(self.model_config, processes):
+            run_report.print_status(caution)
+
     def load_model(self) -> tuple[LoadedVLM, RunPosition]:
         """Return the model where training begins or goes on, and its position."""
         try:
+            collectives.call_on_rank_zero(self.tell_small_memory)
             # all take the one that the first process sees: others may see the folder as it was
             latest = collectives.call_on_rank_zero(lambda: self.run.latest_position)
             vlm, position = collectives.call_on_all_ranks(
@@ -330,9 +341,12 @@ class RunTraining:
                 None,
                 self.run.recipe_file,
             ).finish_writing()
-        vlm.model.requires_grad_(False)
-        self.stage_runner.hold_frozen_bf16(vlm.model)  # so that it fits where training fitted
-        vlm.to(self.stage_runner.device)  # a sharded model was loaded anew
+        place_for_answers(  # a sharded model was loaded anew
+            vlm,
+            partial(self.stage_runner.hold_frozen_bf16, vlm.model),
+            self.stage_runner.device,
+            run_report.print_status,
+        )
 
 
 def build_or_resume_model(

@@ -45,7 +45,7 @@ def choose_row_tokens(
         memory_limit: Bytes of a device that may be used, None where there is no GPU.
         checkpointing_mode: The recipe's activation checkpointing.
         bf16: Whether matrix products are in 16 bits.
-        shards: Over how many devices the model is sharded.
+        shards: Over how many devices a copy of the model is sharded (`trainer.shard_count`).
     """
     if memory_limit is None:
         return DEFAULT_ROW_TOKENS

@@ -284,6 +284,7 @@ def compile_error(stage_name: str, error: Exception) -> UserError:
     """Return the error for blocks that could not be compiled in a stage."""
     return UserError(
         f"trainer.compile: the blocks could not be compiled in stage {stage_name} "
-        f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed; "
+        f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed, on a "
+        "GPU Triton and a C compiler (gcc); "
         "trainer.compile=false does without"
     )

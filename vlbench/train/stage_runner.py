@@ -94,7 +94,7 @@ class StageRunner:
 
     def choose_row_tokens(self, vlm: VLM) -> int:
         """Return the tokens of a packed row of a prepared stage, the same in all processes."""
-        shards = collectives.world_size() if self.is_sharded else 1
+        shards = self.trainer_config.shard_count if self.is_sharded else 1
         own_choice = choose_row_tokens(
             vlm,
             gpu_memory_limit(self.device),

@@ -30,11 +30,12 @@ from vlbench.compare.experiment.run_jobs import (
     STOPPED_EXIT_CODE,
     ComparisonStopped,
     TrainingJob,
+    count_run_gpus,
     count_slots,
     train_jobs,
 )
 from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
-from vlbench.compare.experiment.slurm_array import count_task_gpus, write_slurm_script
+from vlbench.compare.experiment.slurm_array import write_slurm_script
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
@@ -207,7 +208,8 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     started_at = time.monotonic()
     start_times: dict[TrainingJob, float] = {}
     durations: list[float] = []
-    slot_count = count_slots(grid.jobs)
+    run_gpus = count_run_gpus(list(_load_recipes(grid).values()))
+    slot_count = count_slots(grid.jobs, run_gpus)
     titles = {job: f"[{number}/{len(jobs)}] {job.title}" for number, job in enumerate(jobs, 1)}
     todo = [job for job in jobs if not _is_done(job)]
     for job in jobs:
@@ -254,7 +256,7 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
             flush=True,
         )
 
-    train_jobs(todo, slot_count, is_ready, start_job, finish_job)
+    train_jobs(todo, slot_count, is_ready, start_job, finish_job, run_gpus)
     return failed
 
 
@@ -287,7 +289,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
     if not todo:
         return _write_reports(grid, diverged, [])
     trained = [recipes.load_recipe(list(job.overrides)) for job in todo if job.verb == "fit"]
-    gpus = count_task_gpus(trained)
+    gpus = count_run_gpus(trained)
     command = shlex.join(["sbatch", str(write_slurm_script(todo, grid.folder, trained))])
     each = "one GPU each" if gpus == 1 else f"{gpus} GPUs each"
     print(f"{command}  # {len(todo)} runs, {each}; then repeat this command")

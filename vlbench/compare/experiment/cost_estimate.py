@@ -19,7 +19,7 @@ from vlbench.compare.experiment.design_cautions import (
     describe_seeds,
 )
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
-from vlbench.compare.experiment.run_jobs import count_slots, slot_environment
+from vlbench.compare.experiment.run_jobs import count_run_gpus, count_slots, slot_environment
 from vlbench.compare.experiment.shared_stages import find_shared_stages
 from vlbench.compare.experiment.task_jobs import PlannedTask
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
@@ -94,7 +94,8 @@ def _print_costs(grid: ComparisonGrid) -> float | None:
         )
         for caution in describe_probe_cautions(row.name, cost):
             print(f"  caution: {caution}")
-    slot_count = count_slots(grid.jobs)
+    recipes = [grids.load_recipe(row, grid.seeds[0]) for row in grid.rows]
+    slot_count = count_slots(grid.jobs, count_run_gpus(recipes))
     print(
         f"  about {format_duration(seconds / slot_count)} in all with jobs={slot_count}, at most "
         f"{format_bytes(memory)} of memory for each of {slot_count}",

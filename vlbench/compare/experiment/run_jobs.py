@@ -15,6 +15,7 @@ from pathlib import Path
 
 import torch
 
+from vlbench.config.schema import Recipe
 from vlbench.distributed.machine_limits import count_cpu_cores
 from vlbench.regular_files import open_regular
 from vlbench.stop_signals import handle_stop_signals
@@ -55,16 +56,26 @@ class ComparisonStopped(Exception):
     """The comparison got SIGINT, SIGTERM or SIGHUP; its runs have saved."""
 
 
-def count_slots(jobs_option: str) -> int:
-    """Return how many runs are trained in parallel: the given number, or for `auto` one per GPU.
+def count_run_gpus(recipes: Sequence[Recipe]) -> int:
+    """Return how many GPUs a run takes: as many as the largest has devices.
 
-    Without a GPU it is one per core, at most `MAX_CPU_RUNS`: models trained on a CPU are so small
-    that two runs of one thread each end sooner than two runs of two threads in sequence (by a
-    fifth, on two cores).
+    `recipes` are those of the runs to train; runs that are asked their tasks take one.
+    """
+    settings = [recipe.trainer for recipe in recipes if recipe.trainer.accelerator != "cpu"]
+    return max((one.devices for one in settings), default=1)
+
+
+def count_slots(jobs_option: str, run_gpus: int = 1) -> int:
+    """Return how many runs are trained in parallel: the given number, or for `auto` by the GPUs.
+
+    That is one for every `run_gpus` GPUs, which a run takes. Without a GPU it is one per core, at
+    most `MAX_CPU_RUNS`: models trained on a CPU are so small that two runs of one thread each end
+    sooner than two runs of two threads in sequence (by a fifth, on two cores).
     """
     if jobs_option != "auto":
         return int(jobs_option)
-    return torch.cuda.device_count() or min(MAX_CPU_RUNS, count_cpu_cores())
+    gpus = torch.cuda.device_count()
+    return max(1, gpus // run_gpus) if gpus else min(MAX_CPU_RUNS, count_cpu_cores())
 
 
 def train_jobs(
@@ -73,6 +84,7 @@ def train_jobs(
     is_ready: Callable[[TrainingJob], bool],
     on_start: Callable[[TrainingJob], None],
     on_end: Callable[[TrainingJob, int], None],
+    run_gpus: int = 1,
 ) -> None:
     """Train jobs in parallel, in their order as far as they are ready.
 
@@ -82,6 +94,7 @@ def train_jobs(
         is_ready: whether a job may start now.
         on_start: called before a job starts.
         on_end: called with the exit code after a job has ended.
+        run_gpus: how many GPUs a run takes, if this machine has some.
 
     Raises:
         ComparisonStopped: this process got SIGINT, SIGTERM or SIGHUP; every run has saved by then.
@@ -94,7 +107,7 @@ def train_jobs(
                 waiting.remove(job)
                 on_start(job)
                 slot = free_slots.pop(0)
-                running[slot] = job, _launch_job(job, slot, slot_count)
+                running[slot] = job, _launch_job(job, slot_environment(slot, slot_count, run_gpus))
             time.sleep(POLL_SECONDS)
             if stop_signals:
                 _forward_signals(stop_signals, [process for _, process in running.values()])
@@ -118,7 +131,7 @@ def _forward_signals(stop_signals: list[int], processes: list[subprocess.Popen[b
         time.sleep(POLL_SECONDS)
 
 
-def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Popen[bytes]:
+def _launch_job(job: TrainingJob, environment: dict[str, str]) -> subprocess.Popen[bytes]:
     """Start a run in a new process whose output is appended to its log."""
     job.log_file.parent.mkdir(parents=True, exist_ok=True)
     with append_text(job.log_file) as file:
@@ -126,18 +139,20 @@ def _launch_job(job: TrainingJob, slot: int, slot_count: int) -> subprocess.Pope
             [sys.executable, "-m", "vlbench", job.verb, *job.overrides],
             stdout=file,
             stderr=file,
-            env=slot_environment(slot, slot_count),
+            env=environment,
             start_new_session=True,  # Ctrl-C is forwarded once; a second one would kill the run
             preexec_fn=_end_with_parent,
         )
 
 
-def slot_environment(slot: int, slot_count: int) -> dict[str, str]:
-    """Return the environment that gives the run in a slot its own GPU, or its share of cores."""
+def slot_environment(slot: int, slot_count: int, run_gpus: int = 1) -> dict[str, str]:
+    """Return the environment that gives the run in a slot its own GPUs, or its share of cores."""
     gpus = torch.cuda.device_count()
     if gpus:
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus))))
-        return {**os.environ, "CUDA_VISIBLE_DEVICES": visible.split(",")[slot % gpus]}
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(gpus)))).split(",")
+        first = slot % max(1, gpus // run_gpus) * run_gpus
+        own = visible[:gpus][first : first + run_gpus]
+        return {**os.environ, "CUDA_VISIBLE_DEVICES": ",".join(own)}
     threads = max(1, count_cpu_cores() // slot_count)
     return {"OMP_NUM_THREADS": str(threads), **os.environ}
 

@@ -12,18 +12,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlbench.compare.experiment.run_jobs import TrainingJob
+from vlbench.compare.experiment.run_jobs import TrainingJob, count_run_gpus
 from vlbench.config.schema import Recipe
 from vlbench.text_files import write_atomically
-
-
-def count_task_gpus(recipes: Sequence[Recipe]) -> int:
-    """Return how many GPUs a task of the array takes: as many as the largest run has devices.
-
-    `recipes` are those of the runs to train; runs that are asked their tasks take one.
-    """
-    settings = [recipe.trainer for recipe in recipes if recipe.trainer.accelerator != "cpu"]
-    return max((one.devices for one in settings), default=1)
 
 
 def _core_option(recipes: Sequence[Recipe]) -> str:
@@ -60,7 +51,7 @@ def write_slurm_script(
 #SBATCH --job-name={shlex.quote(f"vlbench-{folder.name}")}
 #SBATCH --array=1-{len(jobs)}
 #SBATCH --nodes=1
-#SBATCH --gpus={count_task_gpus(recipes)}
+#SBATCH --gpus={count_run_gpus(recipes)}
 {_core_option(recipes)}#SBATCH --output={shlex.quote(str(folder).replace("%", "%%"))}/slurm-%a.log
 #SBATCH --open-mode=append
 #SBATCH --requeue

@@ -158,8 +158,8 @@ class CompiledDecodeStep:
                 raise
             raise UserError(
                 "compiled: the step of the answer could not be compiled "
-                f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed; "
-                "compiled=False does without"
+                f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed, "
+                "on a GPU Triton and a C compiler (gcc); compiled=False does without"
             ) from error
 
 

@@ -84,7 +84,8 @@ class BackgroundWriter:
         self.budget = MemoryBudget(memory_limit)
         self._lock_ranges = lock_ranges
         self._copier = _HostCopier(device)
-        self._copy_thread, self._write_thread = ThreadPoolExecutor(1), ThreadPoolExecutor(1)
+        self._copy_thread = ThreadPoolExecutor(1, initializer=_make_current, initargs=(device,))
+        self._write_thread = ThreadPoolExecutor(1)
         self._writes: list[Future[None]] = []
         self._copies = self._copy_thread.submit(self._copy_all, folder_writes)
 
@@ -167,6 +168,16 @@ class _HostCopier:
             staged.copy_(values, non_blocking=True)
             self._stream.synchronize()
         return staged.clone()
+
+
+def _make_current(device: torch.device) -> None:
+    """Make a GPU the current one of a new thread, whose current GPU is the first of the machine.
+
+    Entering and leaving a stream of another GPU would begin a CUDA context on the first one, half a
+    gigabyte of its memory for every process of the machine.
+    """
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
 
 
 def _copy_on_one_thread(values: Tensor, dtype: torch.dtype) -> Tensor:
