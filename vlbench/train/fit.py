@@ -24,6 +24,7 @@ from vlbench.model.weights.tensor_groups import move_and_cast
 from vlbench.train import checkpoint_files, run_report
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.connector_guard import ConnectorGuard
 from vlbench.train.core_sharing_notice import CoreSharingNotice
 from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.nonfinite_guard import NonFiniteGuard
@@ -277,6 +278,7 @@ class RunTraining:
                 run_report.print_status,
                 self.run.record_divergence,
             ),
+            ConnectorGuard(run_report.print_status),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
             self.core_sharing_notice,
