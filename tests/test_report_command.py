@@ -176,6 +176,7 @@ def test_a_seed_that_is_missing_in_a_row_is_left_out_and_said(runs, capsys):
         (["nowhere"], "nowhere is no run folder"),
         (["llava/0", "llava/0x"], "are the same recipe with the same seed 0"),
         (["llava/0", "linear/1"], "no seed is common to all rows"),
+        (["llava/0", "other"], "(llava/0: 300 about new images; other: 1 about new images)"),
         (["half"], "half is not finished: it has no results.json"),
         (["torn"], "line 2: is no answer"),
     ],
@@ -184,6 +185,8 @@ def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
     run(runs / "llava/0x", 0.9, 0)
     (run(runs / "half", 0.5, 0) / "results.json").unlink()
+    other = run(runs / "other", 0.5, 0, "connector.name=linear") / "answers.jsonl"
+    other.write_text(other.read_text().splitlines()[0].replace('"q0"', '"elsewhere"') + "\n")
     torn = run(runs / "torn", 0.5, 0) / "answers.jsonl"
     torn.write_text(torn.read_text().splitlines()[0] + "\n{")
     assert main(["report", *words]) == 2

@@ -27,6 +27,7 @@ from vlbench.train.run_results_file import read_results
 
 MAX_INITS = 10  # runs that begin with one another, each with the one before
 COMPARED_SET = "accuracy"  # the question set of answers.jsonl on which arms are compared
+SHOWN_RUNS = 4  # in an error
 MATCH_TOLERANCE = 0.05  # budgets match within this relative difference
 BUDGET_LABELS = {
     "parameters": "connector's parameters",
@@ -223,6 +224,13 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
         *(set(run.correct) for arm in arms for run in arm.runs if run.seed in seeds)
     )
     if not questions:
-        raise UserError("no question was asked of all rows, so nothing can be paired")
+        asked = "; ".join(
+            f"{run.folder}: {len(run.correct)} about {run.results.get('asked_of') or 'new images'}"
+            for run in [arm.runs[0] for arm in arms][:SHOWN_RUNS]
+        )
+        raise UserError(
+            f"no question was asked of all {len(arms)} rows, so nothing can be paired ({asked}"
+            f"{'; ...' if len(arms) > SHOWN_RUNS else ''})"
+        )
     first = next(run for run in arms[0].runs if run.seed in seeds)
     return sorted(seeds), [name for name in first.correct if name in questions]
