@@ -70,6 +70,51 @@ MISTAKES = {
         "    def inject(self, layer, hidden, visual, where):\n        hidden + 1\n",
         "inject gave NoneType for layer 0; promised is [",
     ),
+    "no forward": (
+        "def forward",
+        "def forwards",
+        "Mine has no method forward(self, features)",
+    ),
+    "no inject": (
+        CLASS,
+        f"{CLASS}    inject_layers = (0,)\n",
+        "Mine has no method inject(self, layer, hidden, visual, where), and it names inject_l",
+    ),
+    "layers in a list": (
+        "self.proj = ",
+        "self.layers = [nn.Linear(2, 2)]\n        self.proj = ",
+        "self.layers is a plain list with a Linear in it, which would not be trained, moved",
+    ),
+    "parameters in a mapping of lists": (
+        "self.proj = ",
+        "self.gates = {'a': [nn.Parameter(nn.Linear(2, 2).weight)]}\n        self.proj = ",
+        "self.gates is a plain dict with a Parameter in it",
+    ),
+    "a lazy layer": (
+        "nn.Linear(shapes.vision_width, ",
+        "nn.LazyLinear(",
+        "proj.weight has no shape before the first forward (a lazy layer)",
+    ),
+    "a layer that forward makes": (
+        "        return self.proj(features)\n",
+        "        if not hasattr(self, 'late'):\n"
+        "            self.late = nn.Linear(128, 128)\n"
+        "        return self.proj(self.late(features))\n",
+        "connector mine: late.weight, late.bias did not exist before forward ran",
+    ),
+    "a loss that is no pair": (
+        "        return self.proj(features)\n",
+        "        return self.proj(features)\n"
+        "    def losses(self, features, visual, batch):\n        return {'x': visual.mean()}\n",
+        "its losses are Tensor for 'x'; promised is {name: (sum, count)}",
+    ),
+    "a loss that is not a sum": (
+        "        return self.proj(features)\n",
+        "        return self.proj(features)\n"
+        "    def losses(self, features, visual, batch):\n        return {'x': (visual, 3)}\n",
+        "128] as the sum of 'x'; promised is",
+    ),
+    "a file that ends the program": (CLASS, f"raise SystemExit(3)\n{CLASS}", "py:4: SystemExit: 3"),
     "too short in inject": (
         CLASS,
         f"{CLASS}    inject_layers = (0,)\n"
@@ -95,6 +140,40 @@ def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, capsys):
     assert main(["fit", "recipe=yivl_llava", *words]) == 2
     told = capsys.readouterr().err
     assert said in told and len(told.splitlines()) == 1
+
+
+SHORT_RUN = [
+    "recipe=yivl_llava",
+    "connector.name=mine",
+    "only=chat",
+    "stages.chat.steps=1",
+    "stages.chat.global_batch_size=4",
+    "stages.chat.image_size=56",
+    "data.workers=0",
+    "log.tensorboard=false",
+    "log.questions=2",
+    "log.examples=1",
+]
+
+
+def test_parameters_without_a_gradient_are_named(tmp_path, monkeypatch, capsys):
+    (tmp_path / "connectors").mkdir()
+    unused = FILE.replace("self.proj =", "self.extra = nn.Linear(3, 3)\n        self.proj =")
+    (tmp_path / "connectors/mine.py").write_text(unused)
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SHORT_RUN]) == 0
+    said = capsys.readouterr()
+    assert "mine: no gradient reaches extra.weight, extra.bias:" in said.out + said.err
+
+
+def test_a_plain_list_of_layers_that_torch_knows_is_no_mistake(tmp_path, monkeypatch, capsys):
+    (tmp_path / "connectors").mkdir()
+    listed = FILE.replace("lm_width)\n", "lm_width)\n        self.order = [self.proj]\n")
+    (tmp_path / "connectors/mine.py").write_text(listed)
+    monkeypatch.chdir(tmp_path)
+    assert main(["fit", *SHORT_RUN]) == 0
+    said = capsys.readouterr()
+    assert "no gradient" not in said.out + said.err
 
 
 POSITIONS = FILE.replace(

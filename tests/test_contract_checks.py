@@ -75,8 +75,39 @@ MISTAKES = {
     "unsaved": (
         RETURN,
         f"{RETURN} * self.scale",
-        ["saved_state"],
+        ["saved_state", "device"],
         "the loss was",
+    ),
+    "late_layer": (
+        RETURN,
+        f"if not hasattr(self, 'late'):\n            self.late = nn.Linear(1, 1)\n        {RETURN}",
+        ["layers"],
+        "forward makes late.bias, late.weight",
+    ),
+    "in_place": (RETURN, f"features.mul_(2)\n        {RETURN}", ["inputs"], "writes into the feat"),
+    "constant": (
+        RETURN,
+        f"{RETURN} * torch.arange(32, dtype=torch.float64)",
+        ["device"],
+        "is not on the expected device meta",
+    ),
+    "value": (
+        RETURN,
+        f"if features.mean().item() > 9:\n            features = features + 1\n        {RETURN}",
+        ["device"],
+        "item",
+    ),
+    "plain_list": (
+        "self.tokens = tokens",
+        "self.tokens, self.all = tokens, [nn.Linear(2, 2)]",
+        ["built"],
+        "self.all is a plain list with a Linear in it",
+    ),
+    "no_forward": (
+        "def forward",
+        "def foward",
+        ["built"],
+        "no method forward(self, features).",
     ),
     "metrics": (
         RETURN,
@@ -171,7 +202,7 @@ def test_what_its_code_raises_is_shown_by_its_own_frames(tmp_path, capsys):
     assert "KeyError: 'key'" in lines[number]
     assert lines[number + 1].strip() == f"{file}:15 in forward: return self.helper(features)"
     assert lines[number + 2].strip() == f"{file}:18 in helper: return {{}}['key']"
-    assert lines[number + 3].startswith("1 of ")
+    assert lines[number + 3].startswith("2 of ")
 
 
 def test_an_option_that_does_not_fit_says_where(tmp_path, capsys):

@@ -101,6 +101,18 @@ def test_answers_of_other_weights_in_the_same_place_are_not_kept(model, tmp_path
     assert take(copy, out, "mmmu", "mmmu_tiny", "limit=3") == 0
 
 
+def test_a_model_that_was_moved_goes_on_with_its_answers(model, tmp_path, monkeypatch):
+    place, out = tmp_path / "here", tmp_path / "out"
+    shutil.copytree(model, place)
+    assert take(place, out, "mmmu", "mmmu_tiny", "limit=3") == 0
+    monkeypatch.setattr(batch_inference, "answer_batch", run_out_of_memory)  # nothing is asked
+    monkeypatch.chdir(tmp_path)
+    assert take("here", out, "mmmu", "mmmu_tiny", "limit=3") == 0
+    moved = place.rename(tmp_path / "moved")
+    assert take(moved, out, "mmmu", "mmmu_tiny", "limit=3") == 0
+    assert json.loads((out / "settings.json").read_text())["model"] == str(moved)
+
+
 @pytest.mark.parametrize(("split", "tokens"), [("validation", 128), ("test", 512)])
 def test_lmms_eval_asks_the_test_split_of_mmmu_in_its_own_way(
     split, tokens, model, tmp_path, monkeypatch

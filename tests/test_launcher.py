@@ -231,6 +231,14 @@ def test_a_mistake_of_the_data_is_told_once(tmp_path):
 
 
 @pytest.mark.slow
+def test_a_gpu_that_no_process_finds_is_said_once(tmp_path):
+    process = start("trainer.accelerator=gpu", f"run={tmp_path / 'run'}")
+    told = process.communicate(timeout=120)[1]
+    assert process.returncode == 2
+    assert told == "vlbench: trainer.accelerator is gpu, and torch finds no GPU on this machine\n"
+
+
+@pytest.mark.slow
 def test_what_was_started_must_be_what_the_recipe_says(tmp_path, monkeypatch, capsys):
     words = ("recipe=yivl_llava", "trainer.devices=3", f"run={tmp_path / 'run'}")
     assert run_in_two_processes([FitCommand(words)]) == [(2, 2)]

@@ -384,10 +384,14 @@ def test_an_export_never_writes_into_what_it_was_read_from(tmp_path, monkeypatch
 def test_a_run_that_is_missing_or_has_no_checkpoint_is_told_with_what_is_near(tmp_path):
     runs = tmp_path / "runs"
     (runs / "llava" / "checkpoints").mkdir(parents=True)
+    (runs / "emptied").mkdir()
+    for name in ("recipe.yaml", "versions.json"):
+        (runs / "emptied" / name).write_text("{}")
     for path, words in (
         (runs / "llava", "is a run without a checkpoint"),
+        (runs / "emptied", "emptied/checkpoints was emptied since"),
         (runs / "lava", "Did you mean 'llava'?"),
-        (runs, "there are in it: llava"),
+        (runs, "there are in it: emptied, llava"),
     ):
         with pytest.raises(UserError) as caught:
             vlbench.load(path)

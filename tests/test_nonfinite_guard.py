@@ -75,3 +75,18 @@ def test_several_in_a_row_end_the_stage_with_what_helps(losses, what, precision)
     assert f"stage chat: {what} not finite in 2 steps in a row, up to step 5" in said
     assert "connector 10, language 2e-05: stages.chat.train.PART.lr" in said
     assert ("precision=32" in said) == (precision != "32-true") and "\n" not in said
+
+
+def test_learning_rates_are_not_blamed_where_no_weight_has_changed():
+    class Mine:
+        pass
+
+    watcher = NonFiniteGuard("chat", 2, lambda _: None, lambda _: None)
+    first, second = (training(number, math.nan, math.nan, "32-true") for number in (1, 2))
+    first.vlm = second.vlm = SimpleNamespace(connector=Mine())
+    watcher.on_step_end(first, step("a"))
+    with pytest.raises(UserError) as caught:
+        watcher.on_step_end(second, step("a"))
+    said = str(caught.value)
+    assert "the loss was not finite in 2 steps in a row, up to step 2; no weight had" in said
+    assert "test-connector test_nonfinite_guard" in said and "PART.lr" not in said

@@ -437,3 +437,12 @@ def test_a_kind_of_encoder_is_that_of_the_size():
     assert names == {"tiny": "tiny_eva", "6b": "EVA02-L-14-336"}
     given = load_recipe(["recipe=yivl_llava", "vision.name=eva", "vision.layer=-1"]).vision
     assert (given.name, given.weights, given.layer) == ("tiny_eva", "embedded", -1)
+
+
+def test_a_recipe_file_that_is_not_here_is_told_with_the_names(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as caught:
+        load_recipe(["recipe=yivl_lava.yaml"])
+    said = str(caught.value)
+    assert said.startswith("recipe 'yivl_lava.yaml': there is no such file; by name: yivl_blip2,")
+    assert said.endswith(" Did you mean 'yivl_llava'?")

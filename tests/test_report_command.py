@@ -213,7 +213,7 @@ def test_rows_that_are_right_as_often_are_level(tmp_path, capsys):
 def test_a_run_without_answers_is_named(runs, capsys):
     change_answers(runs / "linear/1", lambda _: {"set": "unseen"})
     assert main(["report", str(runs)]) == 2
-    assert f"paired ({runs / 'linear/1'} has no answers)" in capsys.readouterr().err
+    assert f"paired ({runs / 'linear/1'} has no answers; " in capsys.readouterr().err
 
 
 def test_other_data_and_missing_questions_are_both_told(runs, capsys):
@@ -232,6 +232,7 @@ def test_other_data_and_missing_questions_are_both_told(runs, capsys):
         (["nowhere"], "nowhere is no run folder"),
         (["llava/0", "llava/0x"], "are the same recipe with the same seed 0"),
         (["llava/0", "linear/1"], "no seed is common to all rows"),
+        (["llava/0", "other"], "(llava/0: 300 about new images; other: 1 about new images)"),
         (["half"], "half is not finished: it has no results.json"),
         (["torn"], "line 2: is no answer"),
     ],
@@ -240,6 +241,8 @@ def test_mistakes_are_one_line(words, message, runs, capsys, monkeypatch):
     monkeypatch.chdir(runs)
     run(runs / "llava/0x", 0.9, 0)
     (run(runs / "half", 0.5, 0) / "results.json").unlink()
+    other = run(runs / "other", 0.5, 0, "connector.name=linear") / "answers.jsonl"
+    other.write_text(other.read_text().splitlines()[0].replace('"q0"', '"elsewhere"') + "\n")
     torn = run(runs / "torn", 0.5, 0) / "answers.jsonl"
     torn.write_text(torn.read_text().splitlines()[0] + "\n{")
     assert main(["report", *words]) == 2

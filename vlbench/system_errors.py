@@ -90,7 +90,10 @@ def explain_system_error(error: BaseException) -> UserError | EnvironmentFailure
     if known:
         return known
     if "home directory" in text:  # pathlib's, of a path that begins with ~NAME
-        return UserError("a path begins with ~NAME, and there is no such user here")
+        return UserError(
+            "a path begins with ~NAME, and there is no user NAME here; write the whole path of a "
+            "file or folder that is called so"
+        )
     if "can't start new thread" in text:
         return EnvironmentFailure(f"{EXHAUSTED_REASONS[errno.EAGAIN]}: {text}")
     if _is_gpu_memory_error(error):

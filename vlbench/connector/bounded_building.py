@@ -17,6 +17,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from vlbench.connector.base import Connector, Shapes
 from vlbench.connector.declared_attributes import check_attributes
 from vlbench.connector.option_schema import check_option_size
+from vlbench.connector.registered_layers import check_methods, check_registered_layers
 
 MAX_NEW_TENSORS = 8_000
 """As 300 transformer blocks have; connectors in use have at most 1,000."""
@@ -32,7 +33,8 @@ def build_connector(
     Raises:
         ValueError: when an option is a number that is no size, when the connector would have more
             tensors than any has, or more bytes than this machine has memory; when its attributes
-            cannot be what they say (`check_attributes`); and whatever `__init__` raises.
+            cannot be what they say (`check_attributes`); when a method is missing, or torch does
+            not know all of its layers (`registered_layers`); and whatever `__init__` raises.
     """
     name = connector_module_name(connector_class)
     for key, value in options.items():
@@ -43,6 +45,8 @@ def build_connector(
     with NewTensorLimit(connector_class):
         connector = connector_class(shapes, **options)
     check_attributes(connector, shapes, name)
+    check_methods(connector, Connector, name)
+    check_registered_layers(connector, name)
     return connector
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
-from numbers import Integral
+from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, TypeGuard
 
 from torch import Tensor
@@ -96,6 +96,27 @@ def check_levels(connector: Connector, visual: Any) -> None:
                 f"connector {type(connector).__name__}: forward gave {type(level).__name__}"
                 f"{inside}; promised is a tensor [images, tokens, width], or a tuple of them"
             )
+
+
+def check_losses(connector: Connector, given: Any) -> dict[str, tuple[Tensor, Tensor]]:
+    """Return what `losses` or `objective` gave; a UserError unless it is {name: (sum, count)}."""
+    problem = "" if isinstance(given, dict) else type(given).__name__
+    for name, value in given.items() if isinstance(given, dict) else ():
+        is_pair = isinstance(value, tuple | list) and len(value) == 2
+        if not is_pair:
+            problem = f"{type(value).__name__} for {name!r}"
+        elif not isinstance(value[0], Tensor) or value[0].numel() != 1:
+            what = list(value[0].shape) if isinstance(value[0], Tensor) else type(value[0]).__name__
+            problem = f"{what} as the sum of {name!r}"
+        elif not isinstance(value[1], Real) and getattr(value[1], "shape", None) != ():
+            problem = f"{type(value[1]).__name__} as the count of {name!r}"
+    if problem:
+        raise UserError(
+            f"connector {type(connector).__name__}: its losses are {problem}; promised is "
+            "{name: (sum, count)}: the sum over samples, a tensor of one number with a gradient, "
+            "and how many it is a sum of"
+        )
+    return given  # type: ignore[no-any-return]
 
 
 def check_injected(connector: Connector, layer: int, hidden: Tensor, given: Any) -> None:

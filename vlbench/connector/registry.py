@@ -127,7 +127,7 @@ def load_connector(name: str) -> type[Connector]:
     assert source.entry_point is not None
     try:
         cls = source.entry_point.load()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise UserError(
             f"connector '{name}' ({source.location}) fails to load: {_typed_line(error)}"
         ) from error
@@ -223,7 +223,7 @@ def _load_from_file(source: ConnectorSource, file: Path) -> type[Connector]:
         )
     except UserError:
         raise
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # a script that ends itself, as by argparse
         raise UserError(f"{file}{_line_suffix(error, file)}: {_typed_line(error)}") from error
     module_name = module.__name__
     own = [value for value in vars(module).values() if _is_connector(value)]
@@ -251,11 +251,11 @@ def _check_inject_arguments(cls: type[Connector], location: str) -> None:
         )
 
 
-def _typed_line(error: Exception) -> str:
+def _typed_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {one_line(error, max_lines=1)}"
 
 
-def _line_suffix(error: Exception, file: Path) -> str:
+def _line_suffix(error: BaseException, file: Path) -> str:
     """Return ":LINE", the last line of `file` in the traceback of `error`, or ""."""
     if isinstance(error, SyntaxError):
         return ""  # its message names the line

@@ -42,6 +42,14 @@ CONTRACT = (
         is_basic=True,
     ),
     ContractCheck(
+        "layers",
+        "all of its layers are there when it is built",
+        "make layers in __init__, with the sizes that `shapes` has: what forward makes is not "
+        "trained",
+        output_checks.check_layers,
+        is_basic=True,
+    ),
+    ContractCheck(
         "shapes",
         "forward gives [images, tokens_per_image, lm_width], or a row or levels for inject",
         "set tokens_per_image to the number of tokens that forward returns",
@@ -61,6 +69,13 @@ CONTRACT = (
         "no dropout, no random numbers in forward or inject, nothing counted from call to call: "
         "else a step depends on how it is packed",
         output_checks.check_determinism,
+        is_basic=True,
+    ),
+    ContractCheck(
+        "inputs",
+        "forward leaves the features as they are",
+        "write features = features + 1, not features += 1 or features.add_(1)",
+        output_checks.check_inputs,
         is_basic=True,
     ),
     ContractCheck(
@@ -146,6 +161,13 @@ CONTRACT = (
         "a saved state gives the same loss",
         "keep what forward uses in parameters and buffers (register_buffer)",
         output_checks.check_saved_state,
+    ),
+    ContractCheck(
+        "device",
+        "forward computes on the device of its inputs, as a GPU's",
+        "keep constants with register_buffer(..., persistent=False), make tensors with "
+        "device=features.device; no .item() and no if on a value",
+        output_checks.check_device,
     ),
     ContractCheck(
         "tensor_names",

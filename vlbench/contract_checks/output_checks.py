@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import contextlib
 from operator import itemgetter
 
 import torch
 from torch import Tensor
 
 from vlbench.connector import registry
+from vlbench.connector.blank_inputs import blank_inputs
 from vlbench.connector.levels import Levels, as_levels, first_level, map_levels
 from vlbench.contract_checks.gradient_comparison import language_loss
 from vlbench.contract_checks.small_model import make_double_batch, make_sample
-from vlbench.contract_checks.violations import require
+from vlbench.contract_checks.violations import require, require_none
 from vlbench.model.connector_cost import count_connector_cost
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.strict_values import convert_value
+
+
+def check_layers(vlm: LoadedVLM) -> None:
+    """Forward makes no layers or buffers: all are there when the connector is built."""
+    connector = vlm.connector.to(torch.float32)
+    built = set(connector.state_dict())
+    # what forward itself fails with is told by the next check
+    with contextlib.suppress(Exception), torch.no_grad():
+        connector(*blank_inputs(connector, vlm.model.shapes, device="cpu"))
+    require_none(sorted(set(connector.state_dict()) - built), "forward makes")
 
 
 def check_shapes(vlm: LoadedVLM) -> None:
@@ -99,6 +111,23 @@ def check_determinism(vlm: LoadedVLM) -> None:
             f"forward gave two results for the same images in {mode}",
         )
         require(loss.equal(loss_again), f"the same samples gave two losses in {mode}")
+
+
+def check_inputs(vlm: LoadedVLM) -> None:
+    """Forward leaves the features as they are: others read them, too."""
+    batch = make_double_batch(vlm, [[make_sample(1, images=2)]])
+    with torch.no_grad():
+        features = vlm.features(batch)
+        before = map_levels(Tensor.clone, features)
+        vlm.connector(*vlm.model.connector_inputs(batch, features))
+    require(_equal_levels(before, features), "forward writes into the features that it is given")
+
+
+def check_device(vlm: LoadedVLM) -> None:
+    """What forward computes with follows the model to another device, here `meta`."""
+    connector = vlm.connector.to("meta")
+    with torch.no_grad():
+        connector(*blank_inputs(connector, vlm.model.shapes, torch.float64, views=2))
 
 
 def check_image_use(vlm: LoadedVLM) -> None:

@@ -21,7 +21,12 @@ from torch import distributed
 from vlbench.compat.torch_internals import forget_process_groups
 from vlbench.config.schema import TrainerConfig
 from vlbench.distributed import collectives
-from vlbench.distributed.launcher import is_launched, is_slurm_task, silent_exit_code
+from vlbench.distributed.launcher import (
+    is_launched,
+    is_slurm_task,
+    report_error_once,
+    silent_exit_code,
+)
 from vlbench.errors import EnvironmentFailure, UserError, one_line
 
 LOST_PEER_MESSAGES = (
@@ -49,7 +54,9 @@ def join_process_group(settings: TrainerConfig) -> Iterator[None]:
 
     Raises a UserError when another number of processes was started than the recipe says.
     """
-    _check_gpus(settings)
+    # what all processes of one machine find is said by one; of several machines each has its own
+    with report_error_once() if settings.num_nodes == 1 else contextlib.nullcontext():
+        _check_gpus(settings)
     if not is_launched() or settings.world_size == _cluster_environment().world_size() == 1:
         if settings.world_size > 1:
             raise UserError("several processes are started by the command line, torchrun or srun")

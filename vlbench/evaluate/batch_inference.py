@@ -289,9 +289,12 @@ def _remove_scores(folder: Path) -> None:
 
 
 def _describe_differences(stored: dict[str, Any], task_settings: dict[str, Any]) -> list[str]:
-    unknown = {key for key in CHECKSUM_SETTINGS if key not in stored}
+    free = {*FREE_SETTINGS, *(key for key in CHECKSUM_SETTINGS if key not in stored)}
+    weights = stored.get("weights")
+    if weights is not None and weights == task_settings.get("weights"):
+        free.add("model")  # a run that was moved, or whose path is written otherwise
     return [
         f"{key} ({stored.get(key)} before, {task_settings.get(key)} now)"
         for key in {**stored, **task_settings}
-        if stored.get(key) != task_settings.get(key) and key not in {*FREE_SETTINGS, *unknown}
+        if stored.get(key) != task_settings.get(key) and key not in free
     ]

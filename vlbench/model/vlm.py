@@ -20,7 +20,7 @@ from vlbench.compat.transformers_internals import (
 from vlbench.config.key_types import PART_NAMES
 from vlbench.connector.base import Connector, ImagePlaces, Shapes, zero_like_loss
 from vlbench.connector.bounded_building import NewTensorLimit, build_connector
-from vlbench.connector.declared_attributes import check_injected, check_levels
+from vlbench.connector.declared_attributes import check_injected, check_levels, check_losses
 from vlbench.connector.levels import Levels, first_level, unstack_levels
 from vlbench.connector.question import Question
 from vlbench.data.packing import PackedBatch, number_image_tokens, number_image_views
@@ -345,7 +345,8 @@ class VLM(nn.Module):
         if self.objective != "language" and batch.labels is not None:
             if batch.contrast_pool is None and is_contrastive(self):
                 batch = add_own_contrast_pool(self, batch, features)
-            return VLMOutput(extra=self.connector.objective(self.objective, features, batch))
+            losses = self.connector.objective(self.objective, features, batch)
+            return VLMOutput(extra=check_losses(self.connector, losses))
         inputs = self.connector_inputs(batch, features)
         visual = self._with_checkpointing(self.connector)(*inputs)
         check_levels(self.connector, visual)
@@ -353,7 +354,7 @@ class VLM(nn.Module):
         if batch.labels is None:
             return VLMOutput(logits=self.logits(hidden))
         loss = self.language_loss(hidden, batch.labels, batch.supervised_positions)
-        extra = self.connector.losses(features, visual, batch)
+        extra = check_losses(self.connector, self.connector.losses(features, visual, batch))
         return VLMOutput(loss_sum=loss, tokens=batch.supervised_token_count, extra=extra)
 
     def named_parts(self) -> Iterator[tuple[str, nn.Module]]:

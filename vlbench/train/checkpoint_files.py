@@ -324,8 +324,10 @@ def list_positions(folder: Path) -> list[RunPosition]:
 
 
 def is_run_or_checkpoint(path: Path) -> bool:
-    """Tell whether `path` is a checkpoint or a run folder."""
-    return (path / "position.json").is_file() or (path / "checkpoints").is_dir()
+    """Tell whether `path` is a checkpoint or a run folder, also one whose checkpoints are gone."""
+    if (path / "position.json").is_file() or (path / "checkpoints").is_dir():
+        return True
+    return (path / "versions.json").is_file() and (path / "recipe.yaml").is_file()
 
 
 def find_checkpoint(path: Path) -> Path:
@@ -335,8 +337,8 @@ def find_checkpoint(path: Path) -> Path:
     positions = list_positions(path / "checkpoints")
     if not positions:
         raise UserError(
-            f"{path} is a run without a checkpoint: its training has just begun, or was stopped "
-            "before it wrote the first one"
+            f"{path} is a run without a checkpoint: its training has just begun, was stopped "
+            f"before it wrote the first one, or {path / 'checkpoints'} was emptied since"
         )
     return path / "checkpoints" / positions[-1].folder_name
 

@@ -25,6 +25,7 @@ from vlbench.train import checkpoint_files, run_report
 from vlbench.train.answering_model import place_for_answers
 from vlbench.train.callbacks import CheckpointCallback, GracefulStop, ValidationCallback
 from vlbench.train.checkpoint_files import RunPosition
+from vlbench.train.connector_guard import ConnectorGuard
 from vlbench.train.core_sharing_notice import CoreSharingNotice
 from vlbench.train.lightning_trainer import build_loggers, explain_stage_errors
 from vlbench.train.load_memory import describe_small_memory
@@ -288,6 +289,7 @@ class RunTraining:
                 run_report.print_status,
                 self.run.record_divergence,
             ),
+            ConnectorGuard(run_report.print_status),
             QuarantineCallback(self.run, stage_run.data_config.on_bad_sample, stage_run.data),
             progress,
             self.core_sharing_notice,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from vlbench.connector.bounded_building import connector_module_name
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed import collectives
 from vlbench.errors import UserError
@@ -65,10 +66,22 @@ class NonFiniteGuard(StageCallback):
             f"{part} {train_config.lr:g}"
             for part, train_config in training.stage.trained_parts.items()
         )
+        streak_steps = len(self.nonfinite_streak)
+        in_a_row = "step" if streak_steps == 1 else "steps in a row"
+        fact = (
+            f"stage {self.stage_name}: {subject} was not finite in {streak_steps} {in_a_row}, "
+            f"up to step {training.steps_done}"
+        )
         is_float32 = str(training.trainer.precision).startswith("32")
+        other_precision = "" if is_float32 else ", or set precision=32"
+        if streak_steps == training.steps_done:  # no step of the stage has changed a weight
+            name = connector_module_name(type(training.vlm.connector))
+            return (
+                f"{fact}; no weight had changed by then, so that lower learning rates change "
+                f"nothing: see whether the connector divides by zero (python -m vlbench "
+                f"test-connector {name}), and what the stage began with{other_precision}"
+            )
         return (
-            f"stage {self.stage_name}: {subject} was not finite in {len(self.nonfinite_streak)} "
-            f"steps in a row, up to step {training.steps_done}: lower the learning rates (now "
-            f"{rates}: stages.{self.stage_name}.train.PART.lr)"
-            + ("" if is_float32 else ", or set precision=32")
+            f"{fact}: lower the learning rates (now {rates}: "
+            f"stages.{self.stage_name}.train.PART.lr){other_precision}"
         )

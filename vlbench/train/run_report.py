@@ -237,17 +237,27 @@ def show_results(run: RunFolder) -> int:
         named = "; ".join(f"{line.get('id')}: {line.get('reason')}" for line in lines[:5])
         print(f"  {len(lines)} bad samples left out ({named}), all in {run.quarantine_file}")
     print("next:")
-    picture, folder = shlex.quote(str(run.folder / "examples.png")), shlex.quote(str(run.folder))
+    print("\n".join(f"  {line}" for line in _next_commands(run.folder)))
+    return 0
+
+
+def _next_commands(folder: Path) -> list[str]:
+    """Return what can be tried next with what the run folder holds."""
+    picture, logs = folder / "examples.png", folder / "tensorboard"
     chat_command, serve_command = (
-        shlex.join(["python", "-m", "vlbench", verb, f"model={run.folder}"])
+        shlex.join(["python", "-m", "vlbench", verb, f"model={folder}"])
         for verb in ("chat", "serve")
     )
-    print(f"  open {picture}")
-    print(f"  {chat_command}  # /image FILE shows it an image")
-    print(f"  {serve_command}  # the same in a browser, and for OpenAI's clients")
-    print(f"  tensorboard --logdir {folder}")
-    print("  python -m vlbench show recipe=yivl_llava size=6b")
-    return 0
+    has_model = any((folder / "checkpoints").glob("*/position.json"))
+    lines = [f"open {shlex.quote(str(picture))}"] if picture.is_file() else []
+    if has_model:
+        lines += [
+            f"{chat_command}  # /image FILE shows it an image",
+            f"{serve_command}  # the same in a browser, and for OpenAI's clients",
+        ]
+    if logs.is_dir():
+        lines.append(f"tensorboard --logdir {shlex.quote(str(folder))}")
+    return [*lines, "python -m vlbench show recipe=yivl_llava size=6b"]
 
 
 def _describe_loss(run: RunFolder, loss: float) -> str:

@@ -12,6 +12,8 @@ from pathlib import PurePath
 from vlbench.compare.report.finished_runs import ComparisonArm, FinishedRun, conversation_of
 from vlbench.errors import UserError
 
+SHOWN_ROWS = 4  # in an error
+
 
 def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int], list[str]]:
     """Return the seeds that all arms have, and the questions that all their runs were asked.
@@ -28,9 +30,13 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
     runs = [run for arm in arms for run in arm.runs if run.seed in seeds]
     common = _asked_of_all(runs)
     if not common:
-        unasked = [f"{run.folder} has no answers" for run in runs if not run.correct]
-        why = f" ({unasked[0]})" if unasked else ""
-        raise UserError(f"no question was asked of all rows, so nothing can be paired{why}")
+        fewest = [min(arm.runs, key=lambda run: len(run.correct)) for arm in arms[:SHOWN_ROWS]]
+        asked = "; ".join(map(_describe_asked, fewest))
+        more = "; ..." if len(arms) > SHOWN_ROWS else ""
+        raise UserError(
+            f"no question was asked of all {len(arms)} rows, so nothing can be paired "
+            f"({asked}{more})"
+        )
     unlike = {*unlike_questions(runs)}
     if len(unlike) == len(common):
         raise UserError(
@@ -38,6 +44,13 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
             f"their true answers or pictures differ, as of {common[0]}"
         )
     return sorted(seeds), [name for name in common if name not in unlike]
+
+
+def _describe_asked(run: FinishedRun) -> str:
+    """Return how many questions a run has answered, and about what."""
+    if not run.correct:
+        return f"{run.folder} has no answers"
+    return f"{run.folder}: {len(run.correct)} about {run.results.get('asked_of') or 'new images'}"
 
 
 def unlike_questions(runs: Sequence[FinishedRun]) -> list[str]:
