@@ -280,7 +280,7 @@ def test_a_loss_that_is_not_finite_is_skipped_named_and_ends_the_run_in_the_end(
     short = ["stages.align_224.steps=1", f"run={tmp_path / 'short'}"]
     words = [word for word in SHORT if not word.startswith("stages.align_224.steps")]
     assert main([*words, *short]) == 2  # a stage of which nothing was learned is none
-    assert "1 steps in a row" in capsys.readouterr().err
+    assert "1 step, up to step 1; no weight had changed by then" in capsys.readouterr().err
     monkeypatch.setattr(VLM, "forward", forward)
     assert main([*words, *short]) == 0  # it is tried again, and nothing says that it diverged
     assert not RunFolder(tmp_path / "short").read_divergence()

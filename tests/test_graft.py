@@ -292,7 +292,7 @@ def test_a_tokenizer_that_loses_text_is_told():
         bos_token_id, unk_token_id = tokenizer.bos_token_id, tokenizer.unk_token_id
         decode, check_token_ids = tokenizer.decode, tokenizer.check_token_ids
 
-        def encode(self, text: str) -> list[int]:
+        def encode(self, text: str, add_bos: bool = True) -> list[int]:
             parts = [tokenizer.encode(one) if one < "\x80" else [0] for one in text]
             return [token for part in parts for token in part]
 

@@ -204,6 +204,8 @@ def test_a_listing_says_which_connector_does_not_fit(tmp_path, monkeypatch):
         "    vision_layers = (20,)\n"
         "    def __init__(self, shapes):\n"
         "        super().__init__()\n"
+        "    def forward(self, features):\n"
+        "        return features\n"
     )
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(listing, "_usable_connectors", lambda: ["far", "linear"])

@@ -236,7 +236,7 @@ def test_every_run_gets_what_was_found_and_the_plan_says_it(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     ran: list[tuple[str, ...]] = []
 
-    def train(jobs, count, ready, start, end) -> None:
+    def train(jobs, count, ready, start, end, run_gpus) -> None:
         for job in jobs:
             ran.append(job.overrides)
             job.folder.parent.mkdir(parents=True, exist_ok=True)

@@ -177,7 +177,10 @@ def test_all_mistakes_at_once_each_with_the_nearest_name():
     [
         (["recipe=yivl_lava"], "Did you mean 'yivl_llava'?"),
         (["size=6b"], "recipe=NAME is needed"),
-        (["recipe=missing.yaml"], "missing.yaml: No such file"),
+        (
+            ["recipe=missing.yaml"],
+            "recipe 'missing.yaml': there is no such file; by name: yivl_blip2, ",
+        ),
     ],
 )
 def test_recipes_that_are_not_there(words, expected):

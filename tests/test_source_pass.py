@@ -28,7 +28,7 @@ class Letters:
 
     bos_token_id = None
 
-    def encode(self, text: str) -> Sequence[int]:
+    def encode(self, text: str, add_bos: bool = True) -> Sequence[int]:
         return [ord(letter) % 256 for letter in text]
 
     def check_token_ids(self, ids: Sequence[int]) -> None:

@@ -6,6 +6,7 @@ size's file, the command line. All errors are raised together.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -125,7 +126,7 @@ def _read_layer(key: str, given: object, known: Mapping[str, Path]) -> tuple[dic
     path = known.get(name) or Path(name).expanduser()
     if name not in known and (key == "size" or path.suffix not in (".yaml", ".yml")):
         raise UserError(f"no {key} '{name}'; known: {names}.{suggest_name(name, known)}")
-    if not path.exists():
+    if not os.path.lexists(path):
         similar = suggest_name(path.stem, known)
         raise UserError(f"{key} '{name}': there is no such file; by name: {names}.{similar}")
     return read_yaml(path), path.name

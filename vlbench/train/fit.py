@@ -6,6 +6,7 @@ import contextlib
 import gc
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -116,20 +117,26 @@ class RunTraining:
         """Return how many seconds the run has taken, without the time in which it was stopped."""
         return self.earlier_seconds + time.monotonic() - self.started_at
 
-    def tell_small_memory(self) -> None:
-        """Print a line if this machine has too little memory to load the model."""
+    def tell_small_memory(self, latest: RunPosition | None) -> None:
+        """Print a line if this machine has too little memory to load the model.
+
+        A run that goes on reads its newest checkpoint, and no more what it began with.
+        """
         if self.stage_runner.is_sharded:
             return
         processes = min(collectives.world_size(), self.stage_runner.trainer_config.devices)
-        if caution := describe_small_memory(self.model_config, processes):
+        config = self.model_config
+        if latest is not None:
+            config = replace(config, init=str(self.run.checkpoint_path(latest)))
+        if caution := describe_small_memory(config, processes):
             run_report.print_status(caution)
 
     def load_model(self) -> tuple[LoadedVLM, RunPosition]:
         """Return the model where training begins or goes on, and its position."""
         try:
-            collectives.call_on_rank_zero(self.tell_small_memory)
             # all take the one that the first process sees: others may see the folder as it was
             latest = collectives.call_on_rank_zero(lambda: self.run.latest_position)
+            collectives.call_on_rank_zero(lambda: self.tell_small_memory(latest))
             vlm, position = collectives.call_on_all_ranks(
                 lambda: build_or_resume_model(
                     self.model_config,
