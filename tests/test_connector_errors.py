@@ -124,25 +124,7 @@ MISTAKES = {
 }
 
 
-@pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_mistake_is_one_line(mistake, tmp_path, monkeypatch, capsys):
-    right, wrong, said = MISTAKES[mistake]
-    (tmp_path / "connectors").mkdir()
-    (tmp_path / "connectors/mine.py").write_text(FILE.replace(right, wrong))
-    monkeypatch.chdir(tmp_path)
-    words = [
-        "connector.name=mine",
-        "only=chat",
-        "stages.chat.steps=1",
-        "stages.chat.global_batch_size=4",
-    ]
-    words += ["stages.chat.image_size=56", "data.workers=0", "log.tensorboard=false"]
-    assert main(["fit", "recipe=yivl_llava", *words]) == 2
-    told = capsys.readouterr().err
-    assert said in told and len(told.splitlines()) == 1
-
-
-SHORT_RUN = [
+ONE_STEP = [
     "recipe=yivl_llava",
     "connector.name=mine",
     "only=chat",
@@ -151,27 +133,38 @@ SHORT_RUN = [
     "stages.chat.image_size=56",
     "data.workers=0",
     "log.tensorboard=false",
-    "log.questions=2",
-    "log.examples=1",
 ]
 
 
-def test_parameters_without_a_gradient_are_named(tmp_path, monkeypatch, capsys):
-    (tmp_path / "connectors").mkdir()
-    unused = FILE.replace("self.proj =", "self.extra = nn.Linear(3, 3)\n        self.proj =")
-    (tmp_path / "connectors/mine.py").write_text(unused)
+@pytest.fixture
+def write_connector(tmp_path, monkeypatch):
+    """Return what writes the file of the connector `mine`, in the folder of the command."""
     monkeypatch.chdir(tmp_path)
-    assert main(["fit", *SHORT_RUN]) == 0
+    (tmp_path / "connectors").mkdir()
+    return (tmp_path / "connectors/mine.py").write_text
+
+
+@pytest.mark.parametrize("mistake", MISTAKES)
+def test_a_mistake_is_one_line(write_connector, mistake, capsys):
+    right, wrong, said = MISTAKES[mistake]
+    write_connector(FILE.replace(right, wrong))
+    assert main(["fit", *ONE_STEP]) == 2
+    told = capsys.readouterr().err
+    assert said in told and len(told.splitlines()) == 1
+
+
+def test_parameters_without_a_gradient_are_named(write_connector, capsys):
+    unused = FILE.replace("self.proj =", "self.extra = nn.Linear(3, 3)\n        self.proj =")
+    write_connector(unused)
+    assert main(["fit", *ONE_STEP, "log.questions=2", "log.examples=1"]) == 0
     said = capsys.readouterr()
     assert "mine: no gradient reaches extra.weight, extra.bias:" in said.out + said.err
 
 
-def test_a_plain_list_of_layers_that_torch_knows_is_no_mistake(tmp_path, monkeypatch, capsys):
-    (tmp_path / "connectors").mkdir()
+def test_a_plain_list_of_layers_that_torch_knows_is_no_mistake(write_connector, capsys):
     listed = FILE.replace("lm_width)\n", "lm_width)\n        self.order = [self.proj]\n")
-    (tmp_path / "connectors/mine.py").write_text(listed)
-    monkeypatch.chdir(tmp_path)
-    assert main(["fit", *SHORT_RUN]) == 0
+    write_connector(listed)
+    assert main(["fit", *ONE_STEP, "log.questions=2", "log.examples=1"]) == 0
     said = capsys.readouterr()
     assert "no gradient" not in said.out + said.err
 
@@ -191,27 +184,23 @@ POSITIONS = FILE.replace(
     ],
 )
 def test_a_later_stage_that_would_fail_is_refused_before_the_first(
-    adapt, said, tmp_path, monkeypatch, capsys
+    write_connector, adapt, said, tmp_path, capsys
 ):
     method = f"\n    def adapt(self, old_state, old_shapes):\n{adapt}" if adapt else ""
-    (tmp_path / "connectors").mkdir()
-    (tmp_path / "connectors/mine.py").write_text(POSITIONS + method)
-    monkeypatch.chdir(tmp_path)
+    write_connector(POSITIONS + method)
     assert main(["fit", "recipe=yivl_llava", "connector.name=mine"]) == 2
     told = capsys.readouterr()
     assert said in told.err and len(told.err.splitlines()) == 1
     assert not (tmp_path / "runs").exists() or not list((tmp_path / "runs").iterdir())
 
 
-def test_an_adapt_that_needs_numbers_is_left_to_the_stage(tmp_path, monkeypatch, capsys):
+def test_an_adapt_that_needs_numbers_is_left_to_the_stage(write_connector, capsys):
     method = (
         "\n    def adapt(self, old_state, old_shapes):\n"
         "        scale = float(old_state['places'].abs().max())\n"
         "        return {**old_state, 'places': torch.full((64, 1), scale)}\n"
     )
-    (tmp_path / "connectors").mkdir()
-    (tmp_path / "connectors/mine.py").write_text(POSITIONS + method)
-    monkeypatch.chdir(tmp_path)
+    write_connector(POSITIONS + method)
     steps = [f"stages.{name}.steps=1" for name in ("align_224", "align_448", "chat")]
     batches = [f"stages.{name}.global_batch_size=2" for name in ("align_224", "align_448", "chat")]
     words = ["recipe=yivl_llava", "connector.name=mine", *steps, *batches, "log.questions=1"]

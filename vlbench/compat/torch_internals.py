@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
     from torch.utils.flop_counter import FlopCounterMode
 
+COMPILER_NEEDS = "On a CPU a C++ compiler is needed, on a GPU Triton and a C compiler (gcc)"
 SIGCHLD_MODULE = "torch.utils.data._utils.signal_handling"
 MATMUL_OPERATIONS = ("mm", "addmm", "bmm", "baddbmm")
 ATTENTION_OPERATIONS = (

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from torch import Tensor
 
+from vlbench.compat.torch_internals import COMPILER_NEEDS
 from vlbench.config.model_schema import ModelConfig
 from vlbench.config.recipe import load_recipe_file
 from vlbench.config.schema import TrainerConfig
@@ -294,7 +295,5 @@ def compile_error(stage_name: str, error: Exception) -> UserError:
     """Return the error for blocks that could not be compiled in a stage."""
     return UserError(
         f"trainer.compile: the blocks could not be compiled in stage {stage_name} "
-        f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed, on a "
-        "GPU Triton and a C compiler (gcc); "
-        "trainer.compile=false does without"
+        f"({one_line(error, max_lines=2)}). {COMPILER_NEEDS}; trainer.compile=false does without"
     )

@@ -29,6 +29,7 @@ def comparison_warnings(
     `compared` are the groups of arms within which arms are compared: all, or those of a budget.
     """
     used = [run for arm in arms for run in arm.runs if run.seed in seeds]
+    unlike_count = len(unlike_questions(used))
     warnings = [
         _single_seed_warning(seeds),
         _dropped_seeds_warning(arms, seeds),
@@ -36,8 +37,8 @@ def comparison_warnings(
         *_training_warnings(compared, seeds),
         still_improving_warning(_with_seeds(arms, seeds)),
         _topics_warning(used),
-        _questions_warning(used, questions),
-        _unlike_warning(used),
+        _questions_warning(used, len(questions) + unlike_count, len(questions)),
+        _unlike_warning(unlike_count),
         _versions_warning(used),
         _failed_runs_warning(failed),
     ]
@@ -99,15 +100,15 @@ def _topics_warning(runs: Sequence[FinishedRun]) -> str:
     return f"The runs were asked questions about different data: {named}."
 
 
-def _questions_warning(runs: Sequence[FinishedRun], questions: Sequence[str]) -> str:
+def _questions_warning(runs: Sequence[FinishedRun], common: int, paired: int) -> str:
+    """Tell of questions that not every run was asked: `common` were, of which `paired` count."""
     largest = max(len(run.correct) for run in runs)
-    if largest > len(questions) + len(unlike_questions(runs)):
-        return f"Only {len(questions)} of up to {largest} questions were asked of every run."
+    if largest > common:
+        return f"Only {paired} of up to {largest} questions were asked of every run."
     return ""
 
 
-def _unlike_warning(runs: Sequence[FinishedRun]) -> str:
-    count = len(unlike_questions(runs))
+def _unlike_warning(count: int) -> str:
     if not count:
         return ""
     are, their = ("is", "its") if count == 1 else ("are", "their")

@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import DynamicCache, StaticCache
 
 from vlbench.compat.torch_internals import (
+    COMPILER_NEEDS,
     compiler_settings,
     has_forward_hooks,
     is_compiler_error,
@@ -158,8 +159,7 @@ class CompiledDecodeStep:
                 raise
             raise UserError(
                 "compiled: the step of the answer could not be compiled "
-                f"({one_line(error, max_lines=2)}). On a CPU a C++ compiler is needed, "
-                "on a GPU Triton and a C compiler (gcc); compiled=False does without"
+                f"({one_line(error, max_lines=2)}). {COMPILER_NEEDS}; compiled=False does without"
             ) from error
 
 
