@@ -449,3 +449,26 @@ def test_a_recipe_file_that_is_not_here_is_told_with_the_names(tmp_path, monkeyp
     said = str(caught.value)
     assert said.startswith("recipe 'yivl_lava.yaml': there is no such file; by name: yivl_blip2,")
     assert said.endswith(" Did you mean 'yivl_llava'?")
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [
+        ("batch_size=4", "stages.NAME.global_batch_size"),
+        ("learning_rate=1e-4", "stages.NAME.train.PART.lr"),
+        ("stages.chat.learning_rate=1e-4", "stages.NAME.train.PART.lr"),
+        ("max_epochs=1", "stages.NAME.epochs"),
+        ("trainer.seed=1", "seed"),
+        ("trainer.device=2", "devices"),
+    ],
+)
+def test_a_key_that_others_call_otherwise_is_suggested(word, meant):
+    (line,) = mistakes(word)
+    assert line.startswith("unknown key") and line.endswith(f" Did you mean '{meant}'?")
+
+
+@pytest.mark.parametrize("word", ["yivl_llava", "mine/own.yaml"])
+def test_a_recipe_without_its_key_is_recognized(word):
+    with pytest.raises(UserError) as caught:
+        load_recipe([word, "seed=1"])
+    assert caught.value.lines[-1].endswith(f". Did you mean 'recipe={word}'?")

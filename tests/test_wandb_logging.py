@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from vlbench.__main__ import main
 from vlbench.compare.report.finished_runs import _load_versions
 from vlbench.config.schema import LoggingConfig
 from vlbench.train.lightning_trainer import build_loggers
@@ -46,3 +48,14 @@ def test_a_run_that_has_logged_under_its_name_goes_on_there(tmp_path: Path) -> N
 def test_the_id_is_no_version_that_runs_differ_in(tmp_path: Path) -> None:
     start(tmp_path)
     assert _load_versions(tmp_path, {}) == {}
+
+
+@pytest.mark.parametrize("word", ["dry_run=true", "seed=0"])
+def test_without_wandb_a_run_is_refused_before_it_begins(
+    word: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    run = tmp_path / "run"
+    assert main(["fit", "recipe=yivl_llava", f"run={run}", "log.wandb=mine", word]) == 2
+    assert "log.wandb=mine needs: pip install wandb" in capsys.readouterr().err
+    assert not run.exists()

@@ -24,6 +24,7 @@ from vlbench.train.run_folder import RunFolder
 from vlbench.train.stage_plan import StageRun, plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.user_callbacks import build_user_callbacks
+from vlbench.train.wandb_logging import check_wandb
 
 
 def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
@@ -48,6 +49,7 @@ def train_and_evaluate(recipe: Recipe) -> tuple[int, RunFolder | None]:
 
 
 def _fit_recipe(recipe: Recipe, held_locks: contextlib.ExitStack) -> tuple[int, RunFolder | None]:
+    collectives.call_on_rank_zero(lambda: check_wandb(recipe.log.wandb))
     stage_runs = collectives.call_on_rank_zero_first(
         lambda: plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
     )

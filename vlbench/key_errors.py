@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import difflib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, TypeVar, get_args, get_origin
 
 from pydantic import BaseModel, ValidationError
@@ -59,13 +61,13 @@ def key_error_line(
     details: ErrorDetails,
     whole: str,
     takes: str = "",
-    all_keys: Iterable[str] = (),
+    all_keys: Mapping[str, str] = MappingProxyType({}),
 ) -> str:
     """Return one of pydantic's errors as a line: the key, what was given, and what is allowed.
 
     `whole` names the mapping that `form` declares. `takes` stands before the keys of a mapping that
     has an unknown one; by default that mapping's path and "takes". Of `all_keys`, the dotted paths
-    of a form with mappings in it, one with the name of an unknown key is suggested.
+    of a form with mappings in it with their meanings, the nearest to an unknown key is suggested.
     """
     *parents, key = details["loc"] or ("",)
     name, parent = join_path(details["loc"]), join_path(parents)
@@ -76,10 +78,33 @@ def key_error_line(
         return f"{name} is missing: {meaning}"
     if details["type"] == "extra_forbidden":
         declared = declared_keys(section_at(parents, form))
-        others = [path for path in all_keys if path.endswith(f".{key}")]
-        close = f" Did you mean '{others[0]}'?" if others else suggest_name(str(key), declared)
+        close = suggest_path(str(key), declared, all_keys)
         takes = takes or f"{parent or whole} takes"
         return f"unknown key '{name}'; {takes}: {', '.join(declared)}.{close}"
     if key == "[key]":
         name = f"a key of {join_path(parents[:-1])}"
     return f"{name or whole} {describe_error(details)}"
+
+
+def suggest_path(key: str, declared: Iterable[str], all_keys: Mapping[str, str]) -> str:
+    """Return " Did you mean 'x'?" for what an unknown key of a mapping was meant to be, else "".
+
+    That is a key of its name elsewhere (`lr`), one of the mapping itself that is spelled alike, one
+    elsewhere that is, or one whose meaning has its words (`learning_rate`).
+
+    Args:
+        key: The unknown key.
+        declared: The keys of the mapping that it stands in.
+        all_keys: The dotted paths of all keys, with their meanings.
+    """
+    by_ending: dict[str, str] = {}
+    for path in all_keys:
+        by_ending.setdefault(path.rpartition(".")[2], path)
+    if key in by_ending:
+        return f" Did you mean '{by_ending[key]}'?"
+    if close := suggest_name(key, declared):
+        return close
+    words = key.replace("_", " ")
+    found = [by_ending[name] for name in difflib.get_close_matches(key, by_ending, n=1)]
+    found += [path for path, meaning in all_keys.items() if words in meaning]
+    return f" Did you mean '{found[0]}'?" if found else ""

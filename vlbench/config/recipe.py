@@ -7,7 +7,7 @@ size's file, the command line. All errors are raised together.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -45,7 +45,8 @@ def load_recipe(
         if is_named_by_run:
             base = _read_saved(run_copy)
         else:
-            base, source = _read_layer("recipe", typed.get("recipe"), recipe_files())
+            bare_words = [word for word in overrides if "=" not in word]
+            base, source = _read_layer("recipe", typed.get("recipe"), recipe_files(), bare_words)
     size_name = typed.get("size", base.get("size", "tiny"))
     if not is_named_by_run:
         with collect_errors(errors):
@@ -118,11 +119,18 @@ def require_data(size: str, stages: Iterable[StageData]) -> None:
             )
 
 
-def _read_layer(key: str, given: object, known: Mapping[str, Path]) -> tuple[dict[str, Any], str]:
-    """Return the layer of `recipe=` (name or path) or `size=`, and its name in messages."""
+def _read_layer(
+    key: str, given: object, known: Mapping[str, Path], bare_words: Sequence[str] = ()
+) -> tuple[dict[str, Any], str]:
+    """Return the layer of `recipe=` (name or path) or `size=`, and its name in messages.
+
+    `bare_words` are those without a key; one of them may be the name that is missing.
+    """
     name, names = str(given), ", ".join(known)
     if given is None:
-        raise UserError(f"{key}=NAME is needed; {key}s: {names}")
+        meant = (word for word in bare_words if word in known or word.endswith((".yaml", ".yml")))
+        close = next((f". Did you mean '{key}={word}'?" for word in meant), "")
+        raise UserError(f"{key}=NAME is needed; {key}s: {names}{close}")
     path = known.get(name) or Path(name).expanduser()
     if name not in known and (key == "size" or path.suffix not in (".yaml", ".yml")):
         raise UserError(f"no {key} '{name}'; known: {names}.{suggest_name(name, known)}")

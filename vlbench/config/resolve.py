@@ -145,7 +145,7 @@ def _error_lines(
     error: ValidationError, layers: Sequence[RecipeLayer], is_complete: bool
 ) -> Iterator[str]:
     """Yield a line for each of pydantic's errors, with the name of the layer that it is in."""
-    errors, all_keys = list(primary_errors(error)), [row.name for row in key_rows()]
+    errors, all_keys = list(primary_errors(error)), {row.name: row.help for row in key_rows()}
     wrong_names = {one["loc"][:-1] for one in errors if one["loc"][-1:] == ("[key]",)}
     for details in errors:
         path = details["loc"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 import secrets
 
@@ -16,20 +17,19 @@ LOCAL_RUN = re.compile(r"(?:offline-)?run-\d{8}_\d{6}-(.+)")
 """Name of the folder that wandb keeps of one start of a run; it ends in the run's id."""
 
 
-def build_wandb_logger(project: str, run: RunFolder) -> Logger:
-    """Return the logger of a run to a project of Weights & Biases, under the name of its folder.
+def check_wandb(project: str | None) -> None:
+    """Raise a UserError if `log.wandb` names a project and wandb is not installed."""
+    if project and importlib.util.find_spec("wandb") is None:
+        raise UserError(f"log.wandb={project} needs: pip install wandb")
 
-    Raises:
-        UserError: wandb is not installed.
-    """
+
+def build_wandb_logger(project: str, run: RunFolder) -> Logger:
+    """Return the logger of a run to a project of Weights & Biases, under the name of its folder."""
     from lightning.pytorch.loggers import WandbLogger
 
-    try:
-        return WandbLogger(
-            name=run.folder.name, project=project, save_dir=run.folder, id=keep_wandb_id(run)
-        )
-    except ModuleNotFoundError as error:
-        raise UserError("log.wandb needs: pip install wandb") from error
+    return WandbLogger(
+        name=run.folder.name, project=project, save_dir=run.folder, id=keep_wandb_id(run)
+    )
 
 
 def keep_wandb_id(run: RunFolder) -> str:
