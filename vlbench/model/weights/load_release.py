@@ -7,13 +7,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.command_line.overrides import format_override
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.data.view_layout import ViewSettings
@@ -163,7 +163,8 @@ def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template"
     """
     if not spec.template_name:
         raise UserError(
-            f"{folder}: {spec.template_reason}; say {key}=NAME, one of {', '.join(CHAT_TEMPLATES)}"
+            f"{folder}: {spec.template_reason}; say {key}=NAME, one of "
+            f"{', '.join(get_args(TemplateName))} (auto: its own)"
         )
     if spec.template_reason and os.environ.get("RANK", "0") == "0":
         print(
