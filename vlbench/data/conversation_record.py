@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlbench.data.content_parts import read_content_parts
+from vlbench.data.hidden_options import refuse_hidden_options
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
 from vlbench.data.record_images import MAX_PATH_LENGTH, WrittenImage, read_written_image
 from vlbench.data.record_keys import (
@@ -155,6 +156,7 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     _add_system_turn(partial, record.get("system"))
     refuse_media_tags(name, partial.turns)
     refuse_box_tags(name, partial.turns, record)
+    refuse_hidden_options(name, partial.turns, record)
     return partial
 
 
