@@ -322,6 +322,14 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"url": "https://x/a.jpg", "caption": "A block."},
         "'url' is a text .*, a URL; download it",
     ),
+    "a question of POPE, with its answer in a key of its own": (
+        {"question_id": 1, "image": "a.jpg", "text": "Is there a block?", "label": "yes"},
+        "'text' is a question, as the record has 'question_id'",
+    ),
+    "a question beside what is read as a caption": (
+        {"image": "a.jpg", "prompt": "Which colour?", "text": "red"},
+        r"'prompt' is not read beside a caption \('text'\): call the answer 'answer'",
+    ),
     "a caption without an image": ({"text": "A block."}, "has no 'conversations'; its keys"),
     "a second image": (
         {"image": "a.jpg", "img": "b.png", "caption": "A block."},
