@@ -355,6 +355,19 @@ MEMBERS: dict[str, tuple[Any, list[str] | str]] = {
         TEXTS,
     ),
     "a caption with its file": ({"file_name": "0.jpg", "caption": "A"}, [P, "A"]),
+    "a caption that is its prompt": ({"prompt": "A", "text": "A"}, [P, "A"]),
+    "a question beside a caption": (
+        {"question": "Q", "text": "A"},
+        "'question' is not read beside a caption ('text')",
+    ),
+    "a question of POPE": (
+        {"question_id": 3, "text": "Is there a dog?", "label": "no"},
+        "'text' is a question, as the record has 'question_id'",
+    ),
+    "the letter of a column": (
+        {"question": "Q", "answer": "B", "A": "red", "B": "blue"},
+        "the answer is 'B', one of the options A B",
+    ),
     "a key twice": ('{"caption": "A", "caption": "B"}', "'caption' more than once"),
 }
 

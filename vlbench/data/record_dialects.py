@@ -171,21 +171,26 @@ def _unify_row(row: Mapping[str, Any]) -> TurnsRecord:
     return TurnsRecord({**unified, "conversations": turns}, own_keys=own_keys)
 
 
-def caption_problem(unified: TurnsRecord) -> str:
-    """Return why a row that is read as an image with its caption is another thing, "" for none.
-
-    LLaVA's files of questions (of POPE, MME and others) have the question in `text`.
-    """
+def row_problem(unified: TurnsRecord) -> str:
+    """Return why a row that is read as an image with its caption is another thing, "" for none."""
     key = unified.own_keys.get("gpt")
     if key is None or "human" in unified.own_keys:
         return ""
+    return caption_problem(unified.record, key, unified.record["conversations"][1]["value"])
+
+
+def caption_problem(record: Mapping[str, Any], key: str, caption: Any) -> str:
+    """Return why `caption`, of the key `key`, is none or has a question, "" for a caption.
+
+    LLaVA's files of questions (of POPE, MME and others) have the question in `text`.
+    """
     for question_key in QUESTION_KEYS:
-        if unified.record.get(question_key) not in EMPTY_VALUES:
+        if record.get(question_key) not in (*EMPTY_VALUES, caption):
             return (
                 f"{question_key!r} is not read beside a caption ({key!r}): call the answer "
                 "'answer' if it is one, else leave the key out"
             )
-    if unified.record.get(QUESTION_ID) not in EMPTY_VALUES:
+    if record.get(QUESTION_ID) not in EMPTY_VALUES:
         return (
             f"{key!r} is a question, as the record has {QUESTION_ID!r}; write 'question' and "
             "'answer'"
