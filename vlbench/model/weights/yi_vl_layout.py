@@ -180,7 +180,8 @@ def _describe_encoder(encoder_folder: Path, config: Mapping[str, Any]) -> str:
     named = str(config["mm_vision_tower"])
     if encoder_folder.name == Path(named).name:
         return ""
-    return f"vision encoder vit/{encoder_folder.name}, the only one, though config.json names '{named}'"
+    found = f"vit/{encoder_folder.name}, the only one"
+    return f"vision encoder {found}, though config.json names '{named}'"
 
 
 def parse_projector_type(projector_type: Any, file: Path) -> tuple[int, bool]:
