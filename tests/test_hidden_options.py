@@ -36,6 +36,7 @@ def test_the_letter_of_an_option_that_is_not_shown_is_refused(options, answer, t
     "record",
     [
         {"question": f"{QUESTION}\nA. red\nB. blue", "answer": "B", **LISTED},
+        {"question": f"{QUESTION} Red (A) or blue (B)?", "answer": "B", "options": ["red"] * 2},
         {"question": QUESTION, "answer": "blue", **LETTERED},  # the text, which needs no options
         {"question": "Which letter is it?", "answer": "C", **LISTED},  # none of them
         {"question": "Which letter is it?", "answer": "A"},

@@ -29,8 +29,8 @@ def refuse_hidden_options(name: str, turns: Sequence[ChatTurn], record: Mapping[
     if not number or letter is None:
         return
     key, options = _find_options(record)
-    shown = "".join(turn.text for turn in turns[:number])
-    if letter[1] in options and not any(text in shown for text in options.values()):
+    shown = "".join(turn.text for turn in turns[:number]).lower()
+    if letter[1] in options and not any(text.lower() in shown for text in options.values()):
         raise BadSample(
             name,
             f"the answer is {turns[number].text.strip()!r}, one of {key}, and the question does "
