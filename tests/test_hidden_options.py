@@ -14,6 +14,7 @@ from vlbench.errors import BadSample
 
 QUESTION = "Which colour is it?"
 LISTED = {"options": ["red", "blue"]}
+ARC = {"choices": {"label": ["A", "B"], "text": ["red", "blue"]}}
 LETTERED = {"A": "red", "B": "blue", "hint": ""}
 
 
@@ -24,7 +25,7 @@ def read(folder: Path, record: dict[str, Any]) -> ConversationFiles:
 
 
 @pytest.mark.parametrize(
-    "options", [LISTED, LETTERED, {"choices": LISTED["options"]}, {"options": {"B": "blue"}}]
+    "options", [LISTED, LETTERED, ARC, {"choices": LISTED["options"]}, {"options": {"B": "blue"}}]
 )
 @pytest.mark.parametrize("answer", ["B", "(B)", "B."])
 def test_the_letter_of_an_option_that_is_not_shown_is_refused(options, answer, tmp_path):

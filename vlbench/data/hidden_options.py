@@ -42,8 +42,11 @@ def _find_options(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
     """Return what the options of a record are called, and their texts by letter."""
     for key in OPTION_KEYS:
         value = record.get(key)
-        if isinstance(value, list):
-            value = dict(zip(string.ascii_uppercase, value, strict=False))
+        labels: Any = string.ascii_uppercase
+        if isinstance(value, Mapping) and value.keys() == {"label", "text"}:  # as ARC has them
+            labels, value = value["label"], value["text"]
+        if isinstance(value, list) and isinstance(labels, str | list):
+            value = dict(zip(labels, value, strict=False))
         if isinstance(value, Mapping) and value:
             return repr(key), _texts_of(value)
     letters = [one for one in string.ascii_uppercase if record.get(one) not in EMPTY_VALUES]
@@ -53,4 +56,4 @@ def _find_options(record: Mapping[str, Any]) -> tuple[str, dict[str, str]]:
 
 
 def _texts_of(options: Mapping[str, Any]) -> dict[str, str]:
-    return {letter: str(text) for letter, text in options.items() if text not in EMPTY_VALUES}
+    return {str(name): str(text) for name, text in options.items() if text not in EMPTY_VALUES}
