@@ -311,8 +311,8 @@ class FastTokenizer(Tokenizer):
 def _is_fast(folder: Path) -> bool:
     """Tell whether a folder's tokenizer is its `tokenizer.json`.
 
-    A sentencepiece model beside it comes first, unless its configuration says `legacy: false`: then
-    texts behind special tokens are not encoded as the slow Llama tokenizer did.
+    A sentencepiece model beside it comes first, unless its configuration says `legacy: false`: the
+    library then reads the file in that manner, too.
     """
     if not (folder / "tokenizer.json").is_file():
         return False
