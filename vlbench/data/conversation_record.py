@@ -15,6 +15,7 @@ from typing import Any
 
 from vlbench.data.content_parts import read_content_parts
 from vlbench.data.hidden_options import refuse_hidden_options
+from vlbench.data.preference_records import refuse_preferences
 from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, row_problem, unify_record
 from vlbench.data.record_images import MAX_PATH_LENGTH, WrittenImage, read_written_image
 from vlbench.data.record_keys import (
@@ -159,6 +160,7 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     refuse_media_tags(name, partial.turns)
     refuse_box_tags(name, partial.turns, record)
     refuse_hidden_options(name, partial.turns, record)
+    refuse_preferences(name, partial.turns, record)
     return partial
 
 
