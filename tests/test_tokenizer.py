@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
+from sentencepiece import SentencePieceTrainer
 from tokenizers import models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast
 
@@ -138,6 +139,22 @@ def test_a_begin_of_text_that_is_not_spoken_of_is_put_before_it(
     shutil.copy(TOKENIZERS / "tokenizer.model", tmp_path)
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(said))
     assert Tokenizer.load(tmp_path).encode("a") == ids
+
+
+def test_a_model_that_no_other_file_describes_has_its_own_special_tokens(tmp_path: Path) -> None:
+    """As Llama's: `<s>` and `</s>` are in it, and Yi's are not."""
+    with (tmp_path / "tokenizer.model").open("wb") as file:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(["ab ba"] * 9),
+            model_writer=file,
+            vocab_size=8,
+            hard_vocab_limit=False,
+            model_type="char",
+            minloglevel=2,
+        )
+    tokenizer = Tokenizer.load(tmp_path)
+    assert tokenizer.role_tokens == {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    assert tokenizer.encode("a</s>")[::3] == [tokenizer.bos_token_id, tokenizer.eos_token_id]
 
 
 def test_an_end_that_a_tokenizer_puts_behind_texts_is_not_part_of_a_prompt(tmp_path: Path) -> None:

@@ -35,6 +35,12 @@ def load_sentencepiece(path: Path, dummy_prefix: bool = True) -> SentencePiecePr
         raise UserError(f"{path} is not a sentencepiece model: {error}") from None
 
 
+def own_role_tokens(pieces: SentencePieceProcessor) -> dict[str, str]:
+    """Return the texts of bos, eos and unk that a model itself has, by the names of their roles."""
+    ids = {"bos_token": pieces.bos_id(), "eos_token": pieces.eos_id(), "unk_token": pieces.unk_id()}
+    return {role: pieces.id_to_piece(token_id) for role, token_id in ids.items() if token_id >= 0}
+
+
 def find_token_id(
     token: str, pieces: SentencePieceProcessor, added_tokens: Mapping[str, int]
 ) -> int:

@@ -21,7 +21,11 @@ from vlbench.data.added_tokens import (
     read_added_tokens,
     token_text,
 )
-from vlbench.data.sentencepiece_files import find_token_id, load_sentencepiece
+from vlbench.data.sentencepiece_files import (
+    find_token_id,
+    load_sentencepiece,
+    own_role_tokens,
+)
 from vlbench.data.template_rendering import TEMPLATE_FILE, read_template_text
 from vlbench.data.tokenizer_limits import (
     MAX_ADDED_TOKENS,
@@ -31,6 +35,8 @@ from vlbench.errors import UserError, one_line
 from vlbench.text_files import read_config_bytes, read_json
 
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
+ROLES = ("bos_token", "eos_token", "unk_token")
+"""What files call bos, eos and unk."""
 SENTENCEPIECE_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -351,10 +357,10 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
     config: dict[str, object] = {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         config |= read_json(path) if path.is_file() else {}
-    roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
-    role_tokens = [token_text(config.get(role), default) for role, default in roles]
     model_file = folder / "tokenizer.model"
     pieces = load_sentencepiece(model_file)
+    defaults = dict(zip(ROLES, SPECIAL_TOKENS, strict=True)) | own_role_tokens(pieces)
+    role_tokens = [token_text(config.get(role), default) for role, default in defaults.items()]
     piece_count = pieces.get_piece_size()
     listed_special = listed_special_tokens(config)
     added = read_added_tokens(config, folder, piece_count)
