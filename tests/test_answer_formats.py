@@ -264,3 +264,23 @@ def test_cmmmus_own_keys_name_the_subject(keys, subject, tmp_path):
     assert main(["score", "task=cmmmu", f"answers={file}", "protocol=official"]) == 0
     scores = json.loads(Path(f"{file}.scores/scores.json").read_text())
     assert list(scores["by_subject"]) == [subject]
+
+
+@pytest.mark.parametrize("wrap", [list, lambda said: [said]], ids=["texts", "lists"])
+def test_what_lmms_eval_has_logged_is_scored_by_any_protocol(wrap, tmp_path, capsys):
+    """Its responses, and not the letters that it has parsed or drawn."""
+    truths, logged = {}, []
+    for number, response in enumerate(["A", "The answer is (B).", "no idea"], 1):
+        one = f"validation_Art_{number}"
+        truths[one] = {**CHOICE, "id": one}
+        metric = {"id": one, "subdomain": "Art", "question_type": "multiple-choice"}
+        metric |= {"answer": "A", "parsed_pred": ["A"]}
+        line = {"doc_id": number, "resps": [[response]], "filtered_resps": wrap([response])}
+        logged.append({**line, "target": "A", "mmmu_acc": metric, "submission": {one: "A"}})
+    (tmp_path / "data.json").write_text(json.dumps(list(truths.values())))
+    file = lines(tmp_path / "20260810_101112_samples_mmmu_val.jsonl", logged)
+    words = ["task=mmmu", f"answers={file}", "protocol=strict", f"data={tmp_path / 'data.json'}"]
+    assert main(["score", *words]) == 0, capsys.readouterr().err
+    scores = json.loads(Path(f"{file}.scores/scores.json").read_text())
+    assert (scores["n"], scores["correct"], scores["unread"]) == (3, 1, 1)
+    assert list(scores["by_subject"]) == ["Art"]
