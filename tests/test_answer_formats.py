@@ -230,3 +230,57 @@ def test_questions_of_one_id_are_told_apart_or_refused(tmp_path, capsys):
     words = [f"answers={file}", f"data={tmp_path / 'data.json'}", "protocol=official"]
     assert main(["score", "task=mmmu", *words]) == 2
     assert "several questions of the id validation_Art_1" in capsys.readouterr().err
+
+
+def test_questions_without_an_answer_are_counted(tmp_path, capsys):
+    """CMMMU's own scorer refuses such a file, and MMMU's leaves out what is missing."""
+    ids = [f"validation_Art_{number}" for number in range(1, 6)]
+    truths = {one: {"question_type": "multiple-choice", "ground_truth": "A"} for one in ids}
+    (tmp_path / "answer_dict_val.json").write_text(json.dumps(truths))
+    words = ["task=mmmu", "protocol=yi", f"data={tmp_path / 'answer_dict_val.json'}"]
+    for answered, expected in ((ids[:2], 1), (ids, 0)):
+        file = tmp_path / f"{len(answered)}.json"
+        file.write_text(json.dumps(dict.fromkeys(answered, "A")))
+        assert main(["score", *words, f"answers={file}"]) == 0
+        told = [one for one in capsys.readouterr().out.splitlines() if "have no answer" in one]
+        assert len(told) == expected
+    file = tmp_path / "2.json"
+    assert main(["score", *words, f"answers={file}"]) == 0
+    assert "3 of the 5 questions of data= have no answer here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("keys", "subject"),
+    [
+        ({"category": "商业"}, "商业"),
+        ({"category": "商业", "subcategory": "经济"}, "经济"),
+        ({"category": "商业", "subcategory": "?"}, "商业"),
+        ({}, "unknown"),
+    ],
+)
+def test_cmmmus_own_keys_name_the_subject(keys, subject, tmp_path):
+    record = {"id": 1, "type": "判断", "answer": "对", "response": "对", **keys}
+    file = lines(tmp_path / "answers.jsonl", [record])
+    assert main(["score", "task=cmmmu", f"answers={file}", "protocol=official"]) == 0
+    scores = json.loads(Path(f"{file}.scores/scores.json").read_text())
+    assert list(scores["by_subject"]) == [subject]
+
+
+@pytest.mark.parametrize("wrap", [list, lambda said: [said]], ids=["texts", "lists"])
+def test_what_lmms_eval_has_logged_is_scored_by_any_protocol(wrap, tmp_path, capsys):
+    """Its responses, and not the letters that it has parsed or drawn."""
+    truths, logged = {}, []
+    for number, response in enumerate(["A", "The answer is (B).", "no idea"], 1):
+        one = f"validation_Art_{number}"
+        truths[one] = {**CHOICE, "id": one}
+        metric = {"id": one, "subdomain": "Art", "question_type": "multiple-choice"}
+        metric |= {"answer": "A", "parsed_pred": ["A"]}
+        line = {"doc_id": number, "resps": [[response]], "filtered_resps": wrap([response])}
+        logged.append({**line, "target": "A", "mmmu_acc": metric, "submission": {one: "A"}})
+    (tmp_path / "data.json").write_text(json.dumps(list(truths.values())))
+    file = lines(tmp_path / "20260810_101112_samples_mmmu_val.jsonl", logged)
+    words = ["task=mmmu", f"answers={file}", "protocol=strict", f"data={tmp_path / 'data.json'}"]
+    assert main(["score", *words]) == 0, capsys.readouterr().err
+    scores = json.loads(Path(f"{file}.scores/scores.json").read_text())
+    assert (scores["n"], scores["correct"], scores["unread"]) == (3, 1, 1)
+    assert list(scores["by_subject"]) == ["Art"]

@@ -158,7 +158,10 @@ def test_a_template_that_cannot_be_understood_is_told_and_left(tmp_path):
     write_tokenizer(tmp_path, "qwen 3", "{{ messages[0].content }}")
     name, note = choose_template("yi_vl", Tokenizer.load(tmp_path))
     assert name == "yi_vl" and note.startswith("language.template=yi_vl, as the chat template of")
-    yi_vl = "{% for m in messages %}### Assistant: {{ m.content }}{% endfor %}"
+    yi_vl = (
+        "{% for m in messages %}### {{ 'Human' if m.role == 'user' else 'Assistant' }}: "
+        "{{ m.content }}\n{% endfor %}{% if add_generation_prompt %}### Assistant:{% endif %}"
+    )
     write_tokenizer(tmp_path, "qwen 3", yi_vl)
     assert choose_template("yi_vl", Tokenizer.load(tmp_path)) == ("yi_vl", "")
     assert choose_template("yi_vl", Tokenizer.load(TINY_LANGUAGE_FOLDER)) == ("yi_vl", "")

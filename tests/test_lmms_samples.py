@@ -82,6 +82,16 @@ def test_what_only_differs_in_its_sum_is_one_and_shared_ids_are_pictures(rows):
     assert task.matched.remarks == []
 
 
+def test_what_other_versions_log_beside_the_metrics_is_no_metric(rows):
+    """Hashes (0.3 to 0.5), the name of a filter, and whether a request came through."""
+    others = {"prompt_hash": "ab", "target_hash": "cd", "filter": "none", "success": True}
+    metrics = [{"anls": n % 2, "arguments": [], **others} for n in range(6)]
+    log_everywhere(rows, "docvqa_val", metrics)
+    found = compare(rows)
+    assert [task.title for task in found.tasks] == ["lmms-eval docvqa_val: anls"]
+    assert found.task_remarks == []
+
+
 def test_mmmu_is_judged_as_lmms_eval_does(rows):
     def parsed(answer: object, *predictions: str, kind: str = "multiple-choice") -> dict[str, Any]:
         one = {"id": "validation_Art_1", "subdomain": "Art", "question_type": kind}

@@ -148,6 +148,16 @@ def test_a_record(folder, name):
     assert found == expected if isinstance(expected, list) else expected in found
 
 
+def test_a_path_of_windows_is_missing_with_a_reason(folder):
+    record = {"image": "images\\a b.jpg", "conversations": TURNS}
+    (folder / "windows.json").write_text(json.dumps([record]))
+    source = ConversationFiles(folder / "windows.json")
+    (bad,) = source.find_bad_samples()
+    assert bad.reason.endswith("does not exist; folders are separated by /, not by \\")
+    with pytest.raises(UserError, match="separated by /"):
+        source[0].images[0].open()
+
+
 def test_a_data_url_without_base64_is_named(folder):
     (folder / "url.json").write_text(json.dumps([{"image": "data:,x", "conversations": TURNS}]))
     image = ConversationFiles(folder / "url.json")[0].images[0]
@@ -355,6 +365,19 @@ MEMBERS: dict[str, tuple[Any, list[str] | str]] = {
         TEXTS,
     ),
     "a caption with its file": ({"file_name": "0.jpg", "caption": "A"}, [P, "A"]),
+    "a caption that is its prompt": ({"prompt": "A", "text": "A"}, [P, "A"]),
+    "a question beside a caption": (
+        {"question": "Q", "text": "A"},
+        "'question' is not read beside a caption ('text')",
+    ),
+    "a question of POPE": (
+        {"question_id": 3, "text": "Is there a dog?", "label": "no"},
+        "'text' is a question, as the record has 'question_id'",
+    ),
+    "the letter of a column": (
+        {"question": "Q", "answer": "B", "A": "red", "B": "blue"},
+        "the answer is 'B', one of the options A B",
+    ),
     "a key twice": ('{"caption": "A", "caption": "B"}', "'caption' more than once"),
 }
 

@@ -322,6 +322,23 @@ WRONG: dict[str, tuple[dict[str, Any], str]] = {
         {"url": "https://x/a.jpg", "caption": "A block."},
         "'url' is a text .*, a URL; download it",
     ),
+    "a question of POPE, with its answer in a key of its own": (
+        {"question_id": 1, "image": "a.jpg", "text": "Is there a block?", "label": "yes"},
+        "'text' is a question, as the record has 'question_id'",
+    ),
+    "an answer of KTO that is undesirable": (
+        {"image": "a.jpg", "prompt": "Which colour?", "completion": "blue", "label": False},
+        "'label' is false: its answer is not to be learned",
+    ),
+    "the better answer of DPO in a key": (
+        {"conversations": [*llava(TALK)["conversations"], {"from": "human", "value": "Why?"}]}
+        | {"chosen": {"from": "gpt", "value": "A"}, "rejected": {"from": "gpt", "value": "B"}},
+        "'chosen' is not read: write the answer as the last turn",
+    ),
+    "a question beside what is read as a caption": (
+        {"image": "a.jpg", "prompt": "Which colour?", "text": "red"},
+        r"'prompt' is not read beside a caption \('text'\): call the answer 'answer'",
+    ),
     "a caption without an image": ({"text": "A block."}, "has no 'conversations'; its keys"),
     "a second image": (
         {"image": "a.jpg", "img": "b.png", "caption": "A block."},

@@ -320,3 +320,19 @@ def test_every_tensor_of_transformers_llava_is_its_files(models):
             assert torch.equal(tensor, theirs[name].float()), name
             names[name] = key
     assert names.keys() == theirs.keys()
+
+
+def test_an_encoder_of_another_name_is_told_and_of_several_none_is_taken(models, tmp_path, capsys):
+    """Both CLIPs of LLaVA are as wide: with the other one a model answers, and wrongly."""
+    folder = copied(models["yi_vl"], tmp_path)
+    loaded(folder)
+    assert "the only one" not in capsys.readouterr().err
+    (folder / ENCODER_FOLDER).rename(folder / "vit/clip-vit-large-patch14")
+    named = "openai/clip-vit-large-patch14-336"
+    edit_json(folder / "config.json", mm_vision_tower=named)
+    loaded(folder)
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "the only one" in one]
+    assert "vit/clip-vit-large-patch14, the only one" in line and named in line
+    shutil.copytree(folder / "vit/clip-vit-large-patch14", folder / "vit/another")
+    with pytest.raises(UserError, match=r"in vit/ there are another, clip-vit-large-patch14$"):
+        loaded(folder)

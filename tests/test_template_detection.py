@@ -8,16 +8,25 @@ from pathlib import Path
 import pytest
 import torch
 from golden_release import CHECKPOINT, ENCODER_FOLDER, copy_checkpoint, edit_json, rewrite_weights
+from own_templates import CHATML, OWN_TEMPLATES, write_tokenizer
 
 import vlbench
 from vlbench.__main__ import main
 from vlbench.config import recipe as recipes
+from vlbench.data.own_template import bind_template
+from vlbench.data.tokenizer import Tokenizer
 from vlbench.errors import UserError
+from vlbench.graft.text_checks import choose_template
+from vlbench.model.weights.template_detection import match_jinja_template, read_jinja_template
 from vlbench.train.resume import inherited_keys
+from vlbench.train.run_report import describe_template
 
 CLIP = "openai/clip-vit-large-patch14-336"
-VICUNA = "{% for m in messages %}USER: {{ m['content'] }} ASSISTANT:{% endfor %}"
-CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}{% endfor %}"
+VICUNA = (
+    "{% for m in messages %}{% if m.role == 'user' %}USER: {{ m.content }} {% else %}"
+    "ASSISTANT: {{ m.content }}</s>{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}ASSISTANT:{% endif %}"
+)
 LLAMA2 = "{% for m in messages %}[INST] {{ m['content'] }} [/INST]{% endfor %}"
 
 
@@ -33,6 +42,20 @@ def bare_projector(folder: Path) -> None:
 
     edit_json(folder / "config.json", mm_projector_type="mlp2x_gelu")
     rewrite_weights(folder, bare)
+
+
+PARTS = (  # of transformers' LLaVA-1.5: no system prompt, and nothing that ends an answer
+    "{% for m in messages %}{% if m.role != 'system' %}{{ m.role.upper() + ': ' }}{% endif %}"
+    "{% for part in m.content | selectattr('type', 'equalto', 'image') %}{{ '<image>\n' }}"
+    "{% endfor %}{% for part in m.content | selectattr('type', 'equalto', 'text') %}"
+    "{{ part.text + ' ' }}{% endfor %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}"
+)
+SOLAR = (  # Yi-VL's mark of an answer behind another mark of a question
+    "{% for m in messages %}{{ '### ' + m.role.capitalize() + ':\n' + m.content + '\n\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '### Assistant:\n' }}{% endif %}"
+)
+VICUNA_1_5 = "{{ 'A chat between a curious user and an AI. ' }}" + VICUNA
 
 
 @pytest.fixture(scope="module")
@@ -55,6 +78,48 @@ def hugging_face(llava, tmp_path_factory) -> Path:
 
 def said(capsys) -> list[str]:
     return capsys.readouterr().err.splitlines()
+
+
+@pytest.mark.parametrize(
+    ("jinja", "name"),
+    [
+        *((VICUNA, "llava_v1"), (PARTS, "llava_v1"), (CHATML, "chatml")),
+        *((SOLAR, ""), (VICUNA_1_5, ""), (OWN_TEMPLATES["qwen 2.5"], "")),
+        *((OWN_TEMPLATES["qwen 3"], ""), (OWN_TEMPLATES["smollm 3"], ""), ("{% for", "")),
+    ],
+)
+def test_a_template_is_known_by_what_it_writes_and_not_by_a_mark_in_it(jinja, name):
+    found, reason = match_jinja_template(jinja)
+    assert found == name
+    assert ("is like it" in reason) == bool(name)
+
+
+def test_what_is_written_before_a_first_question_is_told():
+    _, reason = match_jinja_template(OWN_TEMPLATES["qwen 2.5"])
+    assert "none of yi_vl, chatml, llava_v1" in reason and "You are a helpful assistant" in reason
+
+
+@pytest.mark.parametrize("given", ["chatml", "yi_vl"])
+def test_a_tokenizer_with_a_system_prompt_of_its_own_brings_another_template(given, tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, "qwen 2.5"))
+    assert choose_template(given, tokenizer)[0] == "auto"
+    told = describe_template(bind_template(given, tokenizer), tokenizer)
+    assert "the tokenizer brings another one, which language.template=auto takes" in told
+
+
+def test_yi_vls_template_is_not_taken_for_one_with_the_same_mark_of_an_answer(tmp_path):
+    tokenizer = Tokenizer.load(write_tokenizer(tmp_path, "solar", SOLAR))
+    name, note = choose_template("yi_vl", tokenizer)
+    assert name == "auto" or "cannot be used" in note
+
+
+def test_of_several_templates_of_a_folder_the_default_is_read(tmp_path):
+    several = [{"name": "tool_use", "template": SOLAR}, {"name": "default", "template": CHATML}]
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"chat_template": several}))
+    assert read_jinja_template(tmp_path) == CHATML
+    by_name = {one["name"]: one["template"] for one in several}
+    (tmp_path / "chat_template.json").write_text(json.dumps({"chat_template": by_name}))
+    assert read_jinja_template(tmp_path) == CHATML
 
 
 def test_llavas_own_folder_is_asked_as_llava_and_it_is_said_in_one_line(llava, capsys):
@@ -120,7 +185,7 @@ def test_transformers_folders_are_asked_with_what_their_own_template_is_like(
     before = jinja.read_text()
     try:
         jinja.write_text(LLAMA2)
-        with pytest.raises(UserError, match=r"none of yi_vl, chatml, llava_v1; say template="):
+        with pytest.raises(UserError, match=r"none of yi_vl, chatml, llava_v1.*; say template="):
             vlbench.load(hugging_face)
         assert vlbench.load(hugging_face, template="chatml").processor.template.name == "chatml"
         recipe = recipes.load_recipe(["recipe=yivl_llava", f"init={hugging_face}"])

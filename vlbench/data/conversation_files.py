@@ -9,6 +9,7 @@ from typing import Any
 
 from vlbench.data.annotation_records import AnnotationRecords
 from vlbench.data.conversation_record import list_written_images, sample_from_record
+from vlbench.data.image_folder import missing_message
 from vlbench.data.image_processing import ImageFile
 from vlbench.data.json_records import JsonRecords
 from vlbench.data.location_errors import folder_remedy, missing_file_error
@@ -163,7 +164,8 @@ def _find_problem(image: LazyImage) -> str:
             image.refuse_outside()
         except UserError as error:
             return str(error)
-        return "" if os.path.exists(image.name) else f"image {image.name}: does not exist"
+        if not os.path.exists(image.name):
+            return f"image {image.name}: {missing_message(image.name)}"
     return ""
 
 

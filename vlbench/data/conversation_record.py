@@ -14,7 +14,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from vlbench.data.content_parts import read_content_parts
-from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, unify_record
+from vlbench.data.hidden_options import refuse_hidden_options
+from vlbench.data.preference_records import refuse_preferences
+from vlbench.data.record_dialects import IMAGE_KEYS, TURN_KEYS, row_problem, unify_record
 from vlbench.data.record_images import MAX_PATH_LENGTH, WrittenImage, read_written_image
 from vlbench.data.record_keys import (
     EMPTY_VALUES,
@@ -137,6 +139,8 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
         raise BadSample(fallback_name, f"is {describe_json_type(record)}; expected a mapping")
     name = _record_name(record, fallback_name)
     unified = unify_record(record)
+    if problem := row_problem(unified):
+        raise BadSample(name, problem)
     record = unified.record
     turns_key = _turns_key(name, record)
     partial = _PartialRecord(
@@ -155,6 +159,8 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     _add_system_turn(partial, record.get("system"))
     refuse_media_tags(name, partial.turns)
     refuse_box_tags(name, partial.turns, record)
+    refuse_hidden_options(name, partial.turns, record)
+    refuse_preferences(name, partial.turns, record)
     return partial
 
 

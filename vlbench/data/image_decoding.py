@@ -16,6 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 
+from vlbench.data.image_folder import missing_message
 from vlbench.errors import UserError, one_line
 from vlbench.process_settings import ignore_thread_warnings
 from vlbench.regular_files import MAX_IMAGE_BYTES, describe_failure, format_bytes, open_regular
@@ -89,6 +90,8 @@ def open_image_file(path: str | Path) -> Iterator[BinaryIO]:
     """Open the file of an image, at its beginning; a UserError names one that holds none."""
     try:
         file = open_regular(path, MAX_IMAGE_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"image {path}: {missing_message(path)}") from None
     except (OSError, ValueError) as error:
         raise UserError(f"image {path}: {describe_failure(error)}") from None
     with file:

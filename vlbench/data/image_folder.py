@@ -39,6 +39,12 @@ def outside_message(folder: str) -> str:
     return f"lies outside of the images' folder {folder}; {HOW_TO_ALLOW}"
 
 
+def missing_message(path: str | Path) -> str:
+    """Return what is wrong with a file that is not there, as a clause without its name."""
+    is_from_windows = "\\" in str(path)
+    return "does not exist" + "; folders are separated by /, not by \\" * is_from_windows
+
+
 def _allowed_roots(folder: str) -> tuple[str, ...]:
     """Return the folders in which images may lie, each with a separator at its end."""
     real_folder = Path(os.path.realpath(folder))

@@ -46,6 +46,8 @@ PAIR_KEYS = (
 )
 """What is asked and what is answered: of a row, or of each entry in a list of turns."""
 CAPTION_KEYS = ("caption", "text", "title", "txt")
+QUESTION_KEYS = ("question", "query", "instruction", "prompt")
+QUESTION_ID = "question_id"
 EXTRA_INPUT = "input"  # of Alpaca's rows: a text that the instruction is about
 
 
@@ -167,6 +169,33 @@ def _unify_row(row: Mapping[str, Any]) -> TurnsRecord:
         own_keys["image"] = image_key
     turns = [{"from": "human", "value": question}, {"from": "gpt", "value": answer}]
     return TurnsRecord({**unified, "conversations": turns}, own_keys=own_keys)
+
+
+def row_problem(unified: TurnsRecord) -> str:
+    """Return why a row that is read as an image with its caption is another thing, "" for none."""
+    key = unified.own_keys.get("gpt")
+    if key is None or "human" in unified.own_keys:
+        return ""
+    return caption_problem(unified.record, key, unified.record["conversations"][1]["value"])
+
+
+def caption_problem(record: Mapping[str, Any], key: str, caption: Any) -> str:
+    """Return why `caption`, of the key `key`, is none or has a question, "" for a caption.
+
+    LLaVA's files of questions (of POPE, MME and others) have the question in `text`.
+    """
+    for question_key in QUESTION_KEYS:
+        if record.get(question_key) not in (*EMPTY_VALUES, caption):
+            return (
+                f"{question_key!r} is not read beside a caption ({key!r}): call the answer "
+                "'answer' if it is one, else leave the key out"
+            )
+    if record.get(QUESTION_ID) not in EMPTY_VALUES:
+        return (
+            f"{key!r} is a question, as the record has {QUESTION_ID!r}; write 'question' and "
+            "'answer'"
+        )
+    return ""
 
 
 def _join_input(instruction: Any, extra_input: Any) -> Any:

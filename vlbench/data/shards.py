@@ -29,7 +29,7 @@ from vlbench.data.conversation_files import find_bad_samples
 from vlbench.data.conversation_record import sample_from_record
 from vlbench.data.image_processing import open_image_bytes
 from vlbench.data.image_size import partial_image_size
-from vlbench.data.record_dialects import IMAGE_KEYS, has_turns
+from vlbench.data.record_dialects import IMAGE_KEYS, caption_problem, has_turns
 from vlbench.data.record_files import unique_keys
 from vlbench.data.remote_shards import is_url, read_byte_range, shown_name
 from vlbench.data.sample import Sample
@@ -290,6 +290,9 @@ def _caption_turns(
     caption = next((text.strip() for _, text in texts if text.strip()), "")
     if not caption:
         raise BadSample(sample_name, _missing_caption_reason(entry, record, bool(texts)))
+    key = next(key for key, text in texts if text.strip())
+    if problem := caption_problem(record, key, caption):
+        raise BadSample(sample_name, problem)
     unread_texts = [name for name, text in texts if text.strip() not in ("", caption)]
     turns = [{"from": "human", "value": "<image>"}, {"from": "gpt", "value": caption}]
     return turns, unread_texts

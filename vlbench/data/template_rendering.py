@@ -7,7 +7,7 @@ always the same, and thinking is off, since answers of image data have none.
 from __future__ import annotations
 
 import datetime
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ MAX_LOOP_DEPTH = 4  # loops in loops: messages, calls of tools, arguments
 
 TemplateMessage = dict[str, str]
 """A turn as templates see it: role (system, user, assistant) and content."""
+PartsMessage = Mapping[str, str | list[dict[str, str]]]
+"""A turn whose content may be a list of parts, as a processor's template sees it."""
 
 
 class TemplateRefusal(UserError):
@@ -41,7 +43,7 @@ class TemplateRenderer:
 
     def render(
         self,
-        messages: Sequence[TemplateMessage],
+        messages: Sequence[PartsMessage],
         is_prompt: bool = False,
         thinking: bool = False,
     ) -> str:
@@ -65,7 +67,7 @@ class TemplateRenderer:
         )
 
     def _variables(
-        self, messages: Sequence[TemplateMessage], is_prompt: bool, thinking: bool
+        self, messages: Sequence[PartsMessage], is_prompt: bool, thinking: bool
     ) -> dict[str, Any]:
         return {
             "messages": [dict(message) for message in messages],
@@ -120,8 +122,17 @@ def read_template_text(folder: Path) -> str:
     if file.is_file():
         return read_text(file)
     file = folder / "tokenizer_config.json"
-    said = read_json(file).get("chat_template") if file.is_file() else None
+    return default_template(read_json(file).get("chat_template")) if file.is_file() else ""
+
+
+def default_template(said: object) -> str:
+    """Return the Jinja template that a key `chat_template` holds, "" for none.
+
+    Of several, in a list of mappings with `name` and `template` or a mapping by name, it is
+    `default`, the one without tools.
+    """
     if isinstance(said, list):
-        named = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
-        said = named.get("default")
+        said = {one.get("name"): one.get("template") for one in said if isinstance(one, dict)}
+    if isinstance(said, dict):
+        said = said.get("default")
     return said if isinstance(said, str) else ""

@@ -1,8 +1,9 @@
 """The tokenizers: sentencepiece in the manner of the slow Llama tokenizer, or a tokenizer.json.
 
 The strings of the special tokens are cut out first and become their ids; all other text goes to
-sentencepiece as it is. This is what the reference does (`legacy=true`); the fast tokenizers of
-transformers 5 differ from it on texts with images, odd spaces and broken bytes.
+sentencepiece. It goes there as it is in the reference (`legacy: true`); with `legacy: false`, as
+LLaVA-1.5 has it, no space is put before what follows a special token. The fast tokenizers of
+transformers 5 differ from both on texts with images, odd spaces and broken bytes.
 """
 
 from __future__ import annotations
@@ -14,13 +15,16 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from sentencepiece import SentencePieceProcessor
-
 from vlbench.data.added_tokens import (
     check_added_ids,
     listed_special_tokens,
     read_added_tokens,
     token_text,
+)
+from vlbench.data.sentencepiece_files import (
+    find_token_id,
+    load_sentencepiece,
+    own_role_tokens,
 )
 from vlbench.data.template_rendering import TEMPLATE_FILE, read_template_text
 from vlbench.data.tokenizer_limits import (
@@ -28,10 +32,11 @@ from vlbench.data.tokenizer_limits import (
     check_library_files,
 )
 from vlbench.errors import UserError, one_line
-from vlbench.regular_files import MAX_CONFIG_BYTES
-from vlbench.text_files import read_config_bytes, read_json, refuse_lfs_pointer
+from vlbench.text_files import read_config_bytes, read_json
 
 SPECIAL_TOKENS = ("<|startoftext|>", "<|endoftext|>", "<unk>")  # bos, eos, unk of Yi
+ROLES = ("bos_token", "eos_token", "unk_token")
+"""What files call bos, eos and unk."""
 SENTENCEPIECE_FILES = (
     "tokenizer.model",
     "tokenizer_config.json",
@@ -143,6 +148,7 @@ class SentencePieceTokenizer(Tokenizer):
         add_bos_token: bool = False,
         added_tokens: Mapping[str, int] = MappingProxyType({}),
         non_special_tokens: Collection[str] = (),
+        legacy: bool = True,
     ) -> None:
         """Read a sentencepiece model.
 
@@ -154,12 +160,15 @@ class SentencePieceTokenizer(Tokenizer):
             added_tokens: further tokens that are cut out of a text, with their ids, among the
                 pieces of the sentencepiece model or beyond them.
             non_special_tokens: those of `added_tokens` that stay in a decoded text.
+            legacy: whether sentencepiece puts a space before every part of a text, also behind a
+                special token; otherwise one space is put before the whole text.
         """
         self.folder = Path(model_file).parent
         self.file_contents = read_existing_files(self.folder, SENTENCEPIECE_FILES)
-        self._sentencepiece = _load_sentencepiece(Path(model_file))
+        self._sentencepiece = load_sentencepiece(Path(model_file), dummy_prefix=legacy)
+        self._legacy = legacy
         self._token_ids = {
-            name: _find_token_id(name, self._sentencepiece, added_tokens) for name in special_tokens
+            name: find_token_id(name, self._sentencepiece, added_tokens) for name in special_tokens
         } | dict(added_tokens)
         piece_count = self._sentencepiece.get_piece_size()
         self.vocab_size = max(piece_count, 1 + max(self._token_ids.values()))
@@ -170,6 +179,7 @@ class SentencePieceTokenizer(Tokenizer):
         self.add_bos_token, self.added_tokens = add_bos_token, dict(added_tokens)
         self._token_names = {token_id: name for name, token_id in self._token_ids.items()}
         self._non_special_ids = {self._token_ids[name] for name in non_special_tokens}
+        self._unknown_length = len(self._sentencepiece.encode(self._token_names[self.unk_token_id]))
         self.added_special_tokens = [
             name
             for name in added_tokens
@@ -182,15 +192,36 @@ class SentencePieceTokenizer(Tokenizer):
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
         """Return the ids of a text; strings of special tokens become their ids."""
-        ids = [self.bos_token_id] if self.add_bos_token and add_bos else []
+        ids: list[int] = []
+        if text and not self._legacy:
+            text = _PIECE_SPACE + text.replace(_PIECE_SPACE, " ")
         parts = self._token_pattern.split(text) if self._token_prefix in text else [text]
         for part in parts:
             special_id = self._token_ids.get(part)
             if special_id is not None:
                 ids.append(special_id)
             elif part:
-                ids.extend(self._sentencepiece.encode(part))
-        return ids
+                ids.extend(self._encode_part(part))
+        if not self._legacy and self._begins_with_special(ids):
+            ids = ids[1:]  # the space that was put before it
+        return [self.bos_token_id, *ids] if self.add_bos_token and add_bos else ids
+
+    def _encode_part(self, text: str) -> list[int]:
+        """Return the ids of a text without special tokens."""
+        if self._legacy or not text.startswith((_PIECE_SPACE, " ")):
+            return list(self._sentencepiece.encode(text))
+        # at the beginning sentencepiece may drop spaces; as the reference, it is given another one
+        unknown = self._token_names[self.unk_token_id]
+        return list(self._sentencepiece.encode(unknown + text))[self._unknown_length :]
+
+    def _begins_with_special(self, ids: Sequence[int]) -> bool:
+        """Tell whether a lone space stands before a special token at the beginning of a text."""
+        return (
+            len(ids) > 1
+            and self._sentencepiece.piece_to_id(_PIECE_SPACE) == ids[0]
+            and ids[1] in self._token_names
+            and ids[1] not in self._non_special_ids
+        )
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Return the text of ids, without special tokens unless they are kept.
@@ -228,7 +259,8 @@ class SentencePieceTokenizer(Tokenizer):
                 run.append(piece)
                 continue
             # The reference writes a space before ordinary text that ends at a special token.
-            text += (" " + self._sentencepiece.decode(run) if run else "") + piece
+            space = " " if self._legacy else ""
+            text += (space + self._sentencepiece.decode(run) if run else "") + piece
             run = []
         return text + (self._sentencepiece.decode(run) if run else "")
 
@@ -241,13 +273,15 @@ class FastTokenizer(Tokenizer):
         try:
             tokenizer = load_library_tokenizer(folder)
             # turns off the file's padding and truncation once, before threads use it
-            tokenizer.encode("")
+            framed = tokenizer("a", return_special_tokens_mask=True)
         except UserError:
             raise
         except Exception as error:  # of the library: whatever a broken file makes it raise
             reason = one_line(error)
             raise UserError(f"{folder} has no readable tokenizer.json: {reason}") from error
         self._hf_tokenizer = tokenizer
+        is_framing = framed["special_tokens_mask"]
+        self._before_texts = framed["input_ids"][: (*is_framing, 0).index(0)]
         self.folder, self.added_tokens = folder, {}
         self.file_contents = read_existing_files(folder, FAST_TOKENIZER_FILES)
         self.vocab_size = self.embedding_rows = len(tokenizer)
@@ -268,8 +302,12 @@ class FastTokenizer(Tokenizer):
         ]
 
     def encode(self, text: str, add_bos: bool = True) -> list[int]:
-        """Return the ids of a text; what the tokenizer puts before every text is included."""
-        return list(self._hf_tokenizer.encode(text, add_special_tokens=add_bos))
+        """Return the ids of a text; what the tokenizer puts before every text is included.
+
+        What it puts behind every text is not: a prompt goes on.
+        """
+        ids = self._hf_tokenizer.encode(text, add_special_tokens=False)
+        return [*self._before_texts, *ids] if add_bos else list(ids)
 
     def decode(self, ids: Iterable[int], keep_special: bool = False) -> str:
         """Return the text of ids, without special tokens unless they are kept."""
@@ -279,8 +317,8 @@ class FastTokenizer(Tokenizer):
 def _is_fast(folder: Path) -> bool:
     """Tell whether a folder's tokenizer is its `tokenizer.json`.
 
-    A sentencepiece model beside it comes first, unless its configuration says `legacy: false`: then
-    texts behind special tokens are not encoded as the slow Llama tokenizer did.
+    A sentencepiece model beside it comes first, unless its configuration says `legacy: false`: the
+    library then reads the file in that manner, too.
     """
     if not (folder / "tokenizer.json").is_file():
         return False
@@ -319,10 +357,10 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
     config: dict[str, object] = {}
     for path in (folder / "special_tokens_map.json", folder / "tokenizer_config.json"):
         config |= read_json(path) if path.is_file() else {}
-    roles = zip(("bos_token", "eos_token", "unk_token"), SPECIAL_TOKENS, strict=True)
-    role_tokens = [token_text(config.get(role), default) for role, default in roles]
     model_file = folder / "tokenizer.model"
-    pieces = _load_sentencepiece(model_file)
+    pieces = load_sentencepiece(model_file)
+    defaults = dict(zip(ROLES, SPECIAL_TOKENS, strict=True)) | own_role_tokens(pieces)
+    role_tokens = [token_text(config.get(role), default) for role, default in defaults.items()]
     piece_count = pieces.get_piece_size()
     listed_special = listed_special_tokens(config)
     added = read_added_tokens(config, folder, piece_count)
@@ -343,33 +381,18 @@ def _load_sentencepiece_tokenizer(folder: Path, id_limit: int | None) -> Sentenc
             all_added[name] = pieces.piece_to_id(name) if is_piece else next_free_id
             next_free_id += not is_piece
     non_special = [n for n in all_added if n not in listed_special and n not in role_tokens]
-    add_bos = bool(config.get("add_bos_token", False))
-    tokenizer = SentencePieceTokenizer(model_file, role_tokens, add_bos, all_added, non_special)
+    add_bos = bool(config.get("add_bos_token", True))  # LlamaTokenizer's default
+    tokenizer = SentencePieceTokenizer(
+        model_file,
+        role_tokens,
+        add_bos,
+        all_added,
+        non_special,
+        legacy=config.get("legacy") is not False,
+    )
     named_elsewhere = "added_tokens_decoder" in config or (
         "added_tokens.json" in tokenizer.file_contents
     )
     if added and not named_elsewhere:  # tokenizer.json alone names the added tokens
         tokenizer.file_contents |= read_existing_files(folder, ("tokenizer.json",))
     return tokenizer
-
-
-def _load_sentencepiece(path: Path) -> SentencePieceProcessor:
-    if not path.is_file():
-        raise UserError(f"there is no tokenizer file {path}, and no tokenizer.json beside it")
-    refuse_lfs_pointer(path, MAX_CONFIG_BYTES)
-    try:
-        return SentencePieceProcessor(model_file=str(path))
-    except (RuntimeError, OSError) as error:
-        raise UserError(f"{path} is not a sentencepiece model: {error}") from None
-
-
-def _find_token_id(
-    token: str, pieces: SentencePieceProcessor, added_tokens: Mapping[str, int]
-) -> int:
-    """Return the id of bos, eos or unk: that of its piece, or of the added token."""
-    piece_id = pieces.piece_to_id(token)
-    if pieces.id_to_piece(piece_id) == token:
-        return int(piece_id)
-    if token not in added_tokens:
-        raise UserError(f"the tokenizer has a role for the token '{token}', which it does not hold")
-    return added_tokens[token]

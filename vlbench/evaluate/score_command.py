@@ -7,7 +7,12 @@ from pathlib import Path
 
 from vlbench.command_line.arguments import ScoreArguments
 from vlbench.errors import UserError
-from vlbench.evaluate.tasks.answer_files import first_errors, read_answers, read_truths
+from vlbench.evaluate.tasks.answer_files import (
+    describe_unanswered,
+    first_errors,
+    read_answers,
+    read_truths,
+)
 from vlbench.evaluate.tasks.answer_formats import AnswerRecord
 from vlbench.evaluate.tasks.benchmark_types import AnsweredItem
 from vlbench.evaluate.tasks.score_report import (
@@ -52,6 +57,8 @@ def run_score(arguments: ScoreArguments) -> int:
     if errors:
         total = len(errors) + len(items)
         lines.append(f"{len(errors)} of {total} lines left out ({out / 'bad.txt'})")
+    unanswered = describe_unanswered(records, truths) if truths else ""
+    lines += [unanswered] if unanswered else []
     lines += report_equal_ids([record["id"] for record in records])
     lines += format_score_table(scores, accuracy_format)
     lines += ["", *format_published(scores), "", f"wrote {out}"]

@@ -31,6 +31,7 @@ from vlbench.text_files import read_json, read_json_lines
 NO_METRICS = {
     *("doc_id", "doc", "doc_hash", "target", "arguments", "input", "input_media"),
     *("resps", "filtered_resps", "token_counts", "submission"),
+    *("prompt_hash", "target_hash", "filter", "success"),  # of other versions
 }
 """Keys of a line that are no metrics."""
 TASK_SETTINGS = {

@@ -6,7 +6,7 @@ What is wrong with a record is one line of text about it. Imports no torch.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from vlbench.errors import UserError
@@ -17,6 +17,7 @@ from vlbench.evaluate.tasks.benchmark_types import (
     CMMMU_CHOICE_TYPE,
     CMMMU_JUDGEMENT_TYPE,
     MMMU_CHOICE_TYPE,
+    UNKNOWN_SUBJECT,
     AnsweredItem,
     known_subject_of_id,
     option_letters,
@@ -167,7 +168,29 @@ def _item_from_record(task: str, record: AnswerRecord) -> AnsweredItem:
         options=record.get("options") or [],
         answer=record["answer"],
         response=tuple(response) if is_parsed else response,
-        subject=record.get("subject") or known_subject_of_id(task, str(record["id"])),
+        subject=record.get("subject") or _subject_of(task, record),
+    )
+
+
+def _subject_of(task: str, record: AnswerRecord) -> str:
+    """Return the subject that a record's id names, or CMMMU's keys for it."""
+    subject = known_subject_of_id(task, str(record["id"]))
+    if subject != UNKNOWN_SUBJECT:
+        return subject
+    named = (str(record.get(key) or "") for key in ("subcategory", "category"))
+    return subject_or_category(task, *named) or UNKNOWN_SUBJECT
+
+
+def describe_unanswered(records: Sequence[AnswerRecord], truths: TruthsById) -> str:
+    """Return how many questions of data= have no answer in a file, "" for none."""
+    answered = {str(record["id"]) for record in records}
+    missing = [one for one in truths if one not in answered]
+    if not missing:
+        return ""
+    return (
+        f"{len(missing):,} of the {len(truths):,} questions of data= have no answer here "
+        f"({', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}), and the scores are "
+        "without them"
     )
 
 

@@ -5,6 +5,9 @@ one array, or one such object by its id, a line
 {"validation_Art_1": "B", ...}              total_val_output.json, for main_eval_only.py
 {"validation_Art_1": {"question_type", "ground_truth"}, ...}      answer_dict_val.json
 SUBJECT/output.json                         a folder of arrays, for main_parse_and_eval.py
+
+And what lmms-eval logs, a line for every question: {"doc_id", "filtered_resps", "mmmu_acc": {"id",
+"subdomain", "question_type", "answer", "parsed_pred"}}; options are those of data=.
 """
 
 from __future__ import annotations
@@ -27,6 +30,15 @@ RECORD_KEYS = {"id", "type", "question_type", "response", "parsed_pred", "answer
 """A JSON object with any of these is a record; another one holds records by their ids."""
 KEY_ALIASES = {"type": "question_type", "answer": "ground_truth", "response": "parsed_pred"}
 """Keys of vlbench's records -> keys of MMMU's."""
+LOGGED_RESPONSES = "filtered_resps"
+"""The key of lmms-eval's lines for what a model said."""
+LOGGED_KEYS = {
+    "id": "id",
+    "type": "question_type",
+    "answer": "answer",
+    "subject": "subdomain",
+}
+"""Keys of vlbench's records -> keys of what lmms-eval logs as a metric of a question."""
 _PRETTY_PRINTED_JSON = re.compile(r"[\[{]\s*\n\s+")  # JSON over several lines
 
 
@@ -146,6 +158,7 @@ def _add_vlbench_keys(record: AnswerRecord | str) -> AnswerRecord | str:
     """Return a record with vlbench's keys beside MMMU's, or what is wrong with it."""
     if isinstance(record, str):
         return record
+    record = _unwrap_log_line(record) if LOGGED_RESPONSES in record else record
     completed = dict(record)
     for key, alias in KEY_ALIASES.items():
         if alias in record:
@@ -160,6 +173,21 @@ def _add_vlbench_keys(record: AnswerRecord | str) -> AnswerRecord | str:
             return f" ({completed.get('id')}): {options}"
         completed["options"] = options
     return completed
+
+
+def _unwrap_log_line(line: AnswerRecord) -> AnswerRecord:
+    """Return a line of lmms-eval as a record, with the response and not with what was parsed.
+
+    A line without a metric that names its question, as those of other tasks, stays as it is.
+    """
+    response = line[LOGGED_RESPONSES]
+    while isinstance(response, list) and len(response) == 1:
+        response = response[0]
+    metrics = (value for value in line.values() if isinstance(value, dict))
+    named = next((one for one in metrics if set(LOGGED_KEYS.values()) <= one.keys()), None)
+    if named is None:
+        return line
+    return {key: named[logged] for key, logged in LOGGED_KEYS.items()} | {"response": response}
 
 
 def _options_in_order(choice_letters: Any, option_texts: Any) -> list[Any] | str:

@@ -7,13 +7,13 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
+from vlbench.command_line.arguments import TemplateName
 from vlbench.command_line.overrides import format_override
 from vlbench.connector import registry
-from vlbench.data.chat_template import CHAT_TEMPLATES
 from vlbench.data.own_template import bind_template
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.data.view_layout import ViewSettings
@@ -129,6 +129,8 @@ def build_released_vlm(folder: Path, overrides: ReleaseOverrides = AS_RELEASED) 
     """Build the model that small files describe; encoder and language model are on `meta`."""
     layout = find_layout_module(folder)
     spec: ReleaseSpec = layout.read_release_spec(folder)
+    if spec.encoder_note:
+        _tell(f"{folder}: {spec.encoder_note}")
     encoder = build_meta_encoder(
         spec,
         spec.vision_layer if overrides.vision_layer is None else overrides.vision_layer,
@@ -163,15 +165,21 @@ def resolve_template_name(folder: Path, spec: ReleaseSpec, key: str = "template"
     """
     if not spec.template_name:
         raise UserError(
-            f"{folder}: {spec.template_reason}; say {key}=NAME, one of {', '.join(CHAT_TEMPLATES)}"
+            f"{folder}: {spec.template_reason}; say {key}=NAME, one of "
+            f"{', '.join(get_args(TemplateName))} (auto: its own)"
         )
-    if spec.template_reason and os.environ.get("RANK", "0") == "0":
-        print(
-            f"vlbench: {folder}: template {spec.template_name}, as {spec.template_reason}; "
-            f"{key}= chooses another",
-            file=sys.stderr,
+    if spec.template_reason:
+        _tell(
+            f"{folder}: template {spec.template_name}, as {spec.template_reason}; "
+            f"{key}= chooses another"
         )
     return spec.template_name
+
+
+def _tell(line: str) -> None:
+    """Print a line about a release on standard error, once for the processes of a training."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"vlbench: {line}", file=sys.stderr)
 
 
 def build_meta_encoder(spec: ReleaseSpec, layer: int, norm: bool) -> VisionEncoder:

@@ -72,6 +72,8 @@ class ReleaseSpec:
     """Name of the chat template; "" where none is known."""
     template_reason: str = ""
     """Why it is that one; "" where it is beyond doubt."""
+    encoder_note: str = ""
+    """What is to be said of the vision encoder; "" where it is the one that is named."""
     id_limit: int | None = None
     """Ids from here on are never generated; None: all that have an embedding may be."""
     view_settings: ViewSettings | None = None

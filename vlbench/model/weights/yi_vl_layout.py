@@ -88,6 +88,7 @@ def read_release_spec(folder: Path) -> ReleaseSpec:
         projector_norm=norm,
         template_name=template_name,
         template_reason=template_reason,
+        encoder_note=_describe_encoder(encoder_folder, config),
     )
 
 
@@ -154,20 +155,33 @@ def _parse_select_layer(select_layer: Any, num_layers: int, file: Path) -> int:
 
 
 def find_encoder_folder(folder: Path, config: dict[str, Any]) -> Path:
-    """Return the folder of the vision encoder: as config.json says, or the first under `vit/`.
+    """Return the folder of the vision encoder: as config.json says, or the only one in `vit/`.
 
     A config.json that the reference saved has an absolute path of the machine that saved it.
     """
     named = str(config["mm_vision_tower"])
     candidates = [folder / named.removeprefix("./"), folder / "vit" / Path(named).name]
-    candidates += [path.parent for path in sorted(folder.glob("vit/*/config.json"))][:1]
     for candidate in candidates:
         if (candidate / "config.json").is_file():
             return candidate
+    others = [path.parent for path in sorted(folder.glob("vit/*/config.json"))]
+    if len(others) == 1:
+        return others[0]
+    there_are = f"; in vit/ there are {', '.join(path.name for path in others)}" if others else ""
     raise UserError(
         f"{folder / 'config.json'}: mm_vision_tower is '{named}'; there is no {candidates[0]} with "
         "config.json, preprocessor_config.json and pytorch_model.bin or model.safetensors"
+        f"{there_are}"
     )
+
+
+def _describe_encoder(encoder_folder: Path, config: Mapping[str, Any]) -> str:
+    """Return what is to be said of an encoder that is called otherwise than in config.json."""
+    named = str(config["mm_vision_tower"])
+    if encoder_folder.name == Path(named).name:
+        return ""
+    found = f"vit/{encoder_folder.name}, the only one"
+    return f"vision encoder {found}, though config.json names '{named}'"
 
 
 def parse_projector_type(projector_type: Any, file: Path) -> tuple[int, bool]:
