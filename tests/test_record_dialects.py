@@ -431,3 +431,8 @@ def test_a_wrong_row_of_a_table_is_one_line(folder, name):
     (bad,) = ConversationFiles(folder / "wrong.csv").find_bad_samples()
     with pytest.raises(BadSample, match=words):
         raise bad
+
+
+def test_a_label_beside_a_conversation_is_no_verdict_on_its_answer(folder):
+    (folder / "labelled.json").write_text(json.dumps([llava(TALK) | {"label": False}]))
+    assert list(ConversationFiles(folder / "labelled.json").find_bad_samples()) == []
