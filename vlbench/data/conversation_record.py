@@ -141,7 +141,7 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     unified = unify_record(record)
     if problem := row_problem(unified):
         raise BadSample(name, problem)
-    record = unified.record
+    given, record = record, unified.record
     turns_key = _turns_key(name, record)
     partial = _PartialRecord(
         name, may_embed, are_images_first=unified.are_images_first, own_keys=unified.own_keys
@@ -160,7 +160,7 @@ def _read_record(record: Any, fallback_name: str, may_embed: bool) -> _PartialRe
     refuse_media_tags(name, partial.turns)
     refuse_box_tags(name, partial.turns, record)
     refuse_hidden_options(name, partial.turns, record)
-    refuse_preferences(name, partial.turns, record)
+    refuse_preferences(name, partial.turns, given)
     return partial
 
 
