@@ -226,7 +226,7 @@ def test_questions_that_one_row_was_not_asked_are_counted_named_and_left_out(tmp
     assert len(task.matched.questions) == 95 and task.rows[0].score == 1.0
     assert task.matched.remarks == [
         "10 questions not put to every run are left out (validation_0, validation_1, "
-        "validation_2, ...); not asked: 5 of llava_mlp, 5 of linear."
+        "validation_2 and 7 more); not asked: 5 of llava_mlp, 5 of linear."
     ]
 
 

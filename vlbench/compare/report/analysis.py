@@ -15,7 +15,11 @@ from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
 from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
 from vlbench.compare.report.curve_plan import CurvePlan
-from vlbench.compare.report.detectable_difference import describe_detectable
+from vlbench.compare.report.detectable_difference import (
+    FEW_PICTURES,
+    ROUGH_FIGURES,
+    describe_detectable,
+)
 from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
@@ -250,7 +254,11 @@ def analyze_runs(
                 [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
             ),
         ],
-        notes=[*_frozen_encoder_note(arms), *notes],
+        notes=[
+            *_frozen_encoder_note(arms),
+            *notes,
+            *_rough_figures_note([pairs, *(one.pairs for one in (*groups, *tasks))]),
+        ],
         failed=failed,
         curves=curves,
     )
@@ -261,6 +269,12 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     keys = [key for arm in arms for key, value in arm.runs[0].recipe.items() if value is not None]
     is_trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
+
+
+def _rough_figures_note(tables: Sequence[Sequence[RowPair]]) -> list[str]:
+    """Return a sentence if the detectable difference in any table is one of few pictures."""
+    pictures = [pairs[0].difference.uncertainty.question_count for pairs in tables if pairs]
+    return [ROUGH_FIGURES] if min(pictures, default=FEW_PICTURES) < FEW_PICTURES else []
 
 
 def _describe_design(statistics: RowStatistics, pair_count: int) -> str:

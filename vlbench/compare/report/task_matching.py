@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vlbench.compare.report.row_pairs import format_count, join_names
 from vlbench.compare.report.task_answers import LAST_CHECKPOINT, TaskAnswers
+from vlbench.text_tables import list_some
 
 MAX_NAMED_QUESTIONS = 3
 RunAnswers = Mapping[int, Sequence[TaskAnswers]]
@@ -171,10 +172,9 @@ def _describe_left_out(kept: VariantRows, common: set[str]) -> list[str]:
         row: sum(any(name not in one.scores for one in by_seed.values()) for name in left_out)
         for row, by_seed in kept.items()
     }
-    named = ", ".join(left_out[:MAX_NAMED_QUESTIONS])
-    more = ", ..." if len(left_out) > MAX_NAMED_QUESTIONS else ""
+    named = list_some(left_out, MAX_NAMED_QUESTIONS)
     told = ", ".join(f"{count} of {row}" for row, count in lacking.items() if count)
     return [
         f"{format_count(len(left_out), 'question')} not put to every run "
-        f"{'is' if len(left_out) == 1 else 'are'} left out ({named}{more}); not asked: {told}."
+        f"{'is' if len(left_out) == 1 else 'are'} left out ({named}); not asked: {told}."
     ]

@@ -1,0 +1,66 @@
+"""A comparison whose runs are made in this process, at once: what `compare` does around them."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+
+import pytest
+
+from vlbench.compare.experiment import cost_estimate, run_jobs
+from vlbench.compare.experiment.run_jobs import TrainingJob
+from vlbench.config import recipe as recipes
+from vlbench.train.run_folder import RunFolder, open_run
+
+QUESTIONS = 40
+ANSWER = {"set": "accuracy", "type": "shape", "language": "en"}
+
+
+def finish_run(words: Sequence[str]) -> RunFolder:
+    """Make the finished run that `fit` with these words would leave; half of its answers right."""
+    recipe = recipes.load_recipe(list(words))
+    with contextlib.ExitStack() as held_locks:
+        run = open_run(recipe, held_locks)
+    for number, name in enumerate(recipe.selected_stages):
+        (run.checkpoints_folder / f"{number}-{name}-000002").mkdir(exist_ok=True)
+    answers = [
+        {**ANSWER, "id": f"q{number}", "correct": number % 2 == 0} for number in range(QUESTIONS)
+    ]
+    (run.folder / "answers.jsonl").write_text("\n".join(map(json.dumps, answers)) + "\n")
+    (run.folder / "metrics.csv").write_text("stage,step,loss,seconds\n")
+    run.results_file.write_text(json.dumps({"accuracy": 0.5, "seconds": 1.0}))
+    return run
+
+
+class FakeTraining:
+    """In the place of the processes of `fit`: every run is finished when it begins."""
+
+    def __init__(self) -> None:
+        self.trained: list[Path] = []
+        """Folders of the runs, in order."""
+        self.after_run: Callable[[Path], object] = lambda _: None
+        """Called with the folder of a run when it has ended."""
+
+    def __call__(self, job: TrainingJob, _: Mapping[str, str]) -> FakeTraining:
+        """Train."""
+        folder = finish_run(job.overrides).folder
+        self.trained.append(folder)
+        self.after_run(folder)
+        return self
+
+    def poll(self) -> int:
+        """Tell that the run has ended."""
+        return 0
+
+
+@pytest.fixture
+def training(tmp_path, monkeypatch) -> FakeTraining:
+    """Let comparisons of this test train nothing, in a folder of their own."""
+    fake = FakeTraining()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(run_jobs, "_launch_job", fake)
+    monkeypatch.setattr(run_jobs, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
+    return fake
