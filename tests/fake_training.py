@@ -12,6 +12,13 @@ import pytest
 from vlbench.compare.experiment import cost_estimate, run_jobs
 from vlbench.compare.experiment.run_jobs import TrainingJob
 from vlbench.config import recipe as recipes
+from vlbench.data.data_checksums import (
+    CHECKSUMS_KEY,
+    STAMPS_KEY,
+    checksum_sources,
+    stamp_sources,
+)
+from vlbench.data.data_sources import open_stage_sources
 from vlbench.train.run_folder import RunFolder, open_run
 
 QUESTIONS = 40
@@ -23,6 +30,10 @@ def finish_run(words: Sequence[str]) -> RunFolder:
     recipe = recipes.load_recipe(list(words))
     with contextlib.ExitStack() as held_locks:
         run = open_run(recipe, held_locks)
+    sources = [one for data in recipe.selected_data for one, _ in open_stage_sources(data)]
+    run.record_versions(
+        {CHECKSUMS_KEY: checksum_sources(sources), STAMPS_KEY: stamp_sources(sources)}
+    )
     for number, name in enumerate(recipe.selected_stages):
         (run.checkpoints_folder / f"{number}-{name}-000002").mkdir(exist_ok=True)
     answers = [

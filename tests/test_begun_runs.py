@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 import shutil
 from pathlib import Path
 
@@ -105,6 +107,23 @@ def test_a_row_whose_connector_is_edited_gets_no_further_seeds(
         "c/chat.steps=6/seed1",
     ]
     assert "chat.steps=5, seed 1: failed: c/chat.steps=5/seed0 was" in said.err
+
+
+def test_a_row_whose_data_are_edited_gets_no_further_seeds(
+    training: FakeTraining, tmp_path, capsys
+):
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "Red."}]
+    file = tmp_path / "data.json"
+    file.write_text(json.dumps([{"id": "1", "image": "red.png", "conversations": turns}]))
+    words = ["recipe=yivl_llava", "data.train=data.json", "data.images=.", STEPS]
+    assert compare(*words, "seeds=1") == 0
+    os.utime(file, (1, 1))  # another time alone is no other data
+    assert compare(*words, "seeds=2") == 0 and len(training.trained) == 4
+    edit(file, "Red.", "Blue.")
+    assert compare(*words, "seeds=3") == 1 and len(training.trained) == 4
+    said = capsys.readouterr()
+    assert "data.json holds other data than when c/chat.steps=5/seed0 began" in said.err
+    assert "seeds: 0, 1;" in said.out
 
 
 def test_a_run_that_is_moved_away_does_not_end_the_others(training: FakeTraining, tmp_path, capsys):

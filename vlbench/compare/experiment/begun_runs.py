@@ -20,7 +20,16 @@ from vlbench.compare.report.row_identity import row_identity
 from vlbench.compare.report.unfinished_runs import is_trial
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
+from vlbench.config.stage_schema import StageData
 from vlbench.connector.kept_source import describe_other_source
+from vlbench.data.data_checksums import (
+    CHECKSUMS_KEY,
+    STAMPS_KEY,
+    checksum_sources,
+    stamp_sources,
+)
+from vlbench.data.data_sources import SourceCache, open_held_out, open_stage_sources
+from vlbench.data.sample import SampleSource
 from vlbench.errors import UserError
 from vlbench.train.resume import inherited_keys
 from vlbench.train.run_folder import RunFolder, recipe_differences
@@ -58,8 +67,12 @@ def refuse_edited_row(grid: ComparisonGrid, row: GridRow, seed: int) -> None:
             "its recipe is not what it was when the comparison began; it differs in "
             f"{', '.join(changed)}. Put the file back and repeat the command"
         )
-    for other in grid.seeds:
-        _refuse_other_source(recipe, grid.run_folder(row, other))
+    folders = [grid.run_folder(row, other) for other in grid.seeds]
+    begun = [folder for folder in folders if (folder / "recipe.yaml").is_file()]
+    for folder in begun:
+        _refuse_other_source(recipe, folder)
+    if begun:
+        _refuse_other_data(recipe, begun[0])
 
 
 def _refuse_other_source(recipe: Recipe, run_folder: Path) -> None:
@@ -68,6 +81,40 @@ def _refuse_other_source(recipe: Recipe, run_folder: Path) -> None:
             f"{run_folder} was trained with another connector: {difference}. Put the kept file "
             "back, or give a new folder, run=DIR"
         )
+
+
+def _refuse_other_data(recipe: Recipe, run_folder: Path) -> None:
+    """Refuse data that hold other records than when a run of the row began.
+
+    Files of the same size and time are taken to be the same.
+    """
+    versions = RunFolder(run_folder).read_versions()
+    recorded, stamps = (versions.get(key) or {} for key in (CHECKSUMS_KEY, STAMPS_KEY))
+    opened: SourceCache = {}
+    sources = {
+        source.name: source
+        for data in (*recipe.selected_data, recipe.last_stage_data)
+        for source in _open_sources(data, opened)
+    }
+    now = stamp_sources(sources.values())
+    edited = [
+        source
+        for name, source in sources.items()
+        if name in recorded and stamps.get(name, ()) != now.get(name)
+    ]
+    for name, found in checksum_sources(edited).items():
+        if found != recorded[name]:
+            raise UserError(
+                f"{name} holds other data than when {run_folder} began (checksum {found[:12]}, "
+                f"not {recorded[name][:12]}). Put the old data back, or give a new folder, run=DIR"
+            )
+
+
+def _open_sources(data: StageData, opened: SourceCache) -> list[SampleSource]:
+    """Return the sources that a stage trains on, and the held-out one of the user's."""
+    held_out = open_held_out(data, opened) if data.config.val else None
+    sources = [source for source, _ in open_stage_sources(data, opened)]
+    return [*sources, held_out] if held_out else sources
 
 
 def refuse_renamed_rows(grid: ComparisonGrid) -> None:

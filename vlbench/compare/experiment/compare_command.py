@@ -313,7 +313,8 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
     `unasked` are sentences on the runs that could not be asked their tasks.
     """
     finished = [folder for folder in grid.run_folders() if RunFolder(folder).is_finished]
-    failed = dict.fromkeys({*grid.run_folders()} - {*finished}, NO_RESULTS) | failed
+    missing = [folder for folder in grid.run_folders() if folder not in finished]
+    failed = dict.fromkeys(missing, NO_RESULTS) | failed
     runs = [load_finished_run(folder) for folder in finished]
     if runs:
         sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
