@@ -158,7 +158,7 @@ def test_rows_that_a_further_row_would_rename_are_not_trained_again(
 def test_recipes_are_read_a_few_times_for_a_row_however_many_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = 12
-    alternatives = " | ".join(f"stages.chat.steps={steps}" for steps in range(5, 5 + rows))
+    alternatives = " | ".join(f"stages.align_224.steps={steps}" for steps in range(5, 5 + rows))
     grid = parse_grid(["recipe=yivl_llava", f"grid={alternatives}", "run=c", "dry_run=true"])
     read = []
     real = recipes.load_recipe

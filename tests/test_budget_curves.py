@@ -123,7 +123,7 @@ def test_the_plan_is_kept_beside_the_runs(tmp_path, monkeypatch):
 
     monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
     monkeypatch.setattr(compare_command, "_train_unfinished", train)
-    assert main(["compare", *LADDER, "seeds=2", "run=c"]) == 1  # no run has results
+    assert main(["compare", *LADDER, "seeds=2", "run=c"]) == 0
     pools = [word for words in ran for word in words if word.startswith("connector.pool")]
     assert pools == ["connector.pool=4", "connector.pool=1"] * 2 and len(ran) == 6
     plan = load_curve_plan(tmp_path / "c")

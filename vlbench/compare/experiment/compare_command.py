@@ -314,12 +314,12 @@ def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Seque
     """
     finished = [folder for folder in grid.run_folders() if RunFolder(folder).is_finished]
     missing = [folder for folder in grid.run_folders() if folder not in finished]
-    failed = dict.fromkeys(missing, NO_RESULTS) | failed
     runs = [load_finished_run(folder) for folder in finished]
     if runs:
         sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
         others = other_runs_note(grid.folder, grid.run_folders())
-        findings = analyze_runs(runs, failed, [*sweep, *unasked, *others], grid.curve_plan)
+        told = dict.fromkeys(missing, NO_RESULTS) | failed
+        findings = analyze_runs(runs, told, [*sweep, *unasked, *others], grid.curve_plan)
         paths = [grid.folder / name for name in REPORT_FILES]
         for path in paths:
             write_report(findings, path)  # before printing: stdout may be a closed pipe

@@ -129,7 +129,8 @@ def _variance_ratio(pair: PairUncertainty, difference: float) -> float:
     up = near if middle > 0.5 else difference - near
     ends = (min(middle + up, 1.0), max(middle - difference + up, 0.0))
     relative = [end * (1 - end) / (middle * (1 - middle)) for end in ends]
-    of_seeds, of_answers = sum(one**SEED_EXPONENT for one in relative) / 2, sum(relative) / 2
+    of_seeds: float = sum(one**SEED_EXPONENT for one in relative) / 2
+    of_answers = sum(relative) / 2
     return pair.seed_share * of_seeds + (1 - pair.seed_share) * of_answers
 
 
