@@ -257,7 +257,9 @@ def analyze_runs(
         notes=[
             *_frozen_encoder_note(arms),
             *notes,
-            *_rough_figures_note([pairs, *(one.pairs for one in (*groups, *tasks))]),
+            *_rough_figures_note(
+                [pairs, *(one.pairs for one in groups), *(one.pairs for one in tasks)]
+            ),
         ],
         failed=failed,
         curves=curves,
