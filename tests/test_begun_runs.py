@@ -155,6 +155,31 @@ def test_rows_that_a_further_row_would_rename_are_not_trained_again(
     assert compare(*words) == 0 and len(training.trained) == 3
 
 
+def test_a_report_says_that_seeds_were_added_after_others(training: FakeTraining, tmp_path):
+    def looks() -> tuple[list[int], bool]:
+        report = json.loads((tmp_path / "c/report.json").read_text())
+        return report["looks"], any("Seeds were added" in note for note in report["notes"])
+
+    words = ["recipe=yivl_llava", STEPS]
+    for seeds, expected in ((2, [2]), (3, [2, 3]), (3, [2, 3]), (4, [2, 3, 4]), (1, [1])):
+        assert compare(*words, f"seeds={seeds}") == 0
+        assert looks() == (expected, len(expected) > 1)
+    (tmp_path / "c/report.json").write_text('{"seeds": 3, "looks": ["x", 1, true]}')
+    assert compare(*words, "seeds=2") == 0 and looks() == ([1, 2], True)
+
+
+def test_rows_without_a_common_seed_are_explained_by_the_runs_that_failed(
+    training: FakeTraining, tmp_path, capsys
+):
+    for row, seed in ((5, 0), (6, 1)):  # folders with other things are no runs
+        (tmp_path / f"c/chat.steps={row}/seed{seed}").mkdir(parents=True)
+        (tmp_path / f"c/chat.steps={row}/seed{seed}/mine.txt").write_text("mine")
+    (tmp_path / "c/command.txt").write_text("python -m vlbench compare\n")
+    assert compare("recipe=yivl_llava", "seeds=2", STEPS) == 1
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert "no seed is common" in told and "2 runs failed, the first: c/chat.steps=5/seed0" in told
+
+
 def test_recipes_are_read_a_few_times_for_a_row_however_many_rows(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     rows = 12

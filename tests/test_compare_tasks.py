@@ -93,7 +93,7 @@ def comparison(model, tmp_path, monkeypatch) -> list[str]:
     records = [{"id": str(n), "image": "red.png", "conversations": turns} for n in range(2)]
     (tmp_path / "vqa.json").write_text(json.dumps(records))
     monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
-    monkeypatch.setattr(compare_command, "REPORT_FILES", ("report.md", "report.json"))
+    monkeypatch.setattr(comparison_report, "REPORT_FILES", ("report.md", "report.json"))
     untrained = [f"stages.{stage}.steps=0" for stage in ("align_224", "align_448", "chat")]
     return ["compare", "recipe=yivl_llava", *untrained, "seeds=1", "run=c", "tasks=own,vqa.json"]
 

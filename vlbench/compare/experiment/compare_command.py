@@ -24,9 +24,8 @@ from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.comparison_folder import (
     COMMAND_FILE,
     check_comparison_folder,
-    other_runs_note,
 )
-from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
+from vlbench.compare.experiment.comparison_report import NO_RESULTS, write_reports
 from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
@@ -45,11 +44,7 @@ from vlbench.compare.experiment.shared_stages import (
 )
 from vlbench.compare.experiment.slurm_array import write_slurm_script
 from vlbench.compare.experiment.task_jobs import PlannedTask
-from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
-from vlbench.compare.report.finished_runs import load_finished_run
-from vlbench.compare.report.markdown_report import render_markdown
-from vlbench.compare.report.report_command import write_report
 from vlbench.compare.report.sweep_summary import describe_sweep
 from vlbench.config import recipe as recipes
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
@@ -61,9 +56,6 @@ from vlbench.text_files import write_atomically
 from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
 from vlbench.train.run_results_file import read_results
-
-REPORT_FILES = ("report.md", "report.html", "report.json")
-NO_RESULTS = "its folder has no results: it was moved or deleted meanwhile"
 
 
 def run_compare(grid: ComparisonGrid) -> int:
@@ -106,7 +98,7 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
         again = shlex.quote(f"run={grid.folder}")
         print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
-    return _write_reports(grid, failed, unasked)
+    return write_reports(grid, failed, unasked)
 
 
 def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
@@ -284,7 +276,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
         todo = [job for job in jobs if job.folder not in diverged and not _is_done(job)]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
-        return _write_reports(grid, diverged, [])
+        return write_reports(grid, diverged, [])
     trained = [recipes.load_recipe(list(job.overrides)) for job in todo if job.verb == "fit"]
     gpus = count_run_gpus(trained)
     command = shlex.join(["sbatch", str(write_slurm_script(todo, grid.folder, trained))])
@@ -305,28 +297,6 @@ def _find_diverged(jobs: Sequence[TrainingJob]) -> dict[Path, str]:
                 f"{run.divergence_file}"
             )
     return diverged
-
-
-def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Sequence[str]) -> int:
-    """Write and print the report of the finished runs; return 1 if anything failed, else 0.
-
-    `unasked` are sentences on the runs that could not be asked their tasks.
-    """
-    finished = [folder for folder in grid.run_folders() if RunFolder(folder).is_finished]
-    missing = [folder for folder in grid.run_folders() if folder not in finished]
-    runs = [load_finished_run(folder) for folder in finished]
-    if runs:
-        sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
-        others = other_runs_note(grid.folder, grid.run_folders())
-        told = dict.fromkeys(missing, NO_RESULTS) | failed
-        findings = analyze_runs(runs, told, [*sweep, *unasked, *others], grid.curve_plan)
-        paths = [grid.folder / name for name in REPORT_FILES]
-        for path in paths:
-            write_report(findings, path)  # before printing: stdout may be a closed pipe
-        print(f"\n{render_markdown(findings)}\n")
-        for path in paths:
-            print(f"wrote {path}")
-    return 1 if failed or unasked else 0
 
 
 def _describe_result(folder: Path) -> str:

@@ -103,6 +103,8 @@ class ComparisonResult:
     """Folder of a run that failed or is not finished -> reason."""
     curves: CurveFindings | None = None
     """Of a comparison whose rows are points of curves over a budget."""
+    looks: tuple[int, ...] = ()
+    """Numbers of seeds of the reports that a comparison has had, this one last."""
     votes: VoteFindings | None = None
     """On answers of the models side by side, where `votes=` names files of them."""
 
