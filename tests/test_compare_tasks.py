@@ -11,7 +11,12 @@ from PIL import Image
 
 from vlbench.__main__ import main
 from vlbench.command_line.task_words import parse_eval_words
-from vlbench.compare.experiment import compare_command, cost_estimate, task_jobs
+from vlbench.compare.experiment import (
+    compare_command,
+    comparison_report,
+    cost_estimate,
+    task_jobs,
+)
 from vlbench.compare.experiment.grid import parse_grid
 from vlbench.errors import UserError
 
