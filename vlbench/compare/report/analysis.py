@@ -40,6 +40,7 @@ from vlbench.compare.report.row_pairs import (
 )
 from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
+from vlbench.compare.report.unequal_spreads import unequal_spreads_warning
 from vlbench.compare.report.vote_statistics import VoteFindings
 
 
@@ -232,6 +233,7 @@ def analyze_runs(
     tasks, task_remarks = compare_tasks(arms, tested)
     curves = analyze_curves(plan, names, statistics, pairs, kinds) if plan else None
     notes = [*(curve_sentences.family_sentences(curves) if curves else []), *notes]
+    spreads = {row.name: row.accuracy_std for row in rows}
     groups = group_questions(names, kinds, statistics, tested)
     scores = [
         RowScore(row.name, row.accuracy, row.interval_low, row.mean_result("blank_accuracy"))
@@ -251,6 +253,7 @@ def analyze_runs(
         task_remarks=task_remarks,
         warnings=[
             *comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
+            *filter(None, [unequal_spreads_warning(spreads, len(questions))]),
             *floor_and_ceiling_warnings(
                 scores,
                 [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
