@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from vlbench.compare.report.row_pairs import format_count, join_words
 from vlbench.errors import UserError
@@ -25,7 +26,7 @@ def count_looks(report_file: Path, seed_count: int) -> list[int]:
 
     `report_file` is the last report as JSON; one that is not there, or not ours, counts as none.
     """
-    report = {}
+    report: dict[str, Any] = {}
     with contextlib.suppress(UserError, OSError):
         report = read_json(report_file)
     seeds = report.get("seeds")
