@@ -6,6 +6,7 @@ import contextlib
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 
@@ -19,6 +20,7 @@ from vlbench.data.data_checksums import (
     stamp_sources,
 )
 from vlbench.data.data_sources import open_stage_sources
+from vlbench.errors import UserError
 from vlbench.train.run_folder import RunFolder, open_run
 
 QUESTIONS = 40
@@ -45,6 +47,16 @@ def finish_run(words: Sequence[str]) -> RunFolder:
     return run
 
 
+class EndedProcess(NamedTuple):
+    """A process that has ended."""
+
+    exit_code: int
+
+    def poll(self) -> int:
+        """Return its exit code."""
+        return self.exit_code
+
+
 class FakeTraining:
     """In the place of the processes of `fit`: every run is finished when it begins."""
 
@@ -54,16 +66,16 @@ class FakeTraining:
         self.after_run: Callable[[Path], object] = lambda _: None
         """Called with the folder of a run when it has ended."""
 
-    def __call__(self, job: TrainingJob, _: Mapping[str, str]) -> FakeTraining:
+    def __call__(self, job: TrainingJob, _: Mapping[str, str]) -> EndedProcess:
         """Train."""
-        folder = finish_run(job.overrides).folder
+        try:
+            folder = finish_run(job.overrides).folder
+        except UserError as error:
+            job.log_file.write_text(f"vlbench: {error}\n")
+            return EndedProcess(2)
         self.trained.append(folder)
         self.after_run(folder)
-        return self
-
-    def poll(self) -> int:
-        """Tell that the run has ended."""
-        return 0
+        return EndedProcess(0)
 
 
 @pytest.fixture
