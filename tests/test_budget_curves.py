@@ -140,7 +140,7 @@ def test_a_finished_curve_may_be_read_on_a_smaller_machine(tmp_path, monkeypatch
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(cost_estimate, "_probe_run", lambda *_: None)
     monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
-    monkeypatch.setattr(compare_command, "_write_reports", lambda *_: 0)
+    monkeypatch.setattr(compare_command, "write_reports", lambda *_: 0)
     words = ["compare", *LADDER, "seeds=2", "run=c", "jobs=1000"]
     folders = expanded(*LADDER).run_folders()
     for folder in folders:

@@ -11,7 +11,12 @@ from PIL import Image
 
 from vlbench.__main__ import main
 from vlbench.command_line.task_words import parse_eval_words
-from vlbench.compare.experiment import compare_command, cost_estimate, task_jobs
+from vlbench.compare.experiment import (
+    compare_command,
+    comparison_report,
+    cost_estimate,
+    task_jobs,
+)
 from vlbench.compare.experiment.grid import parse_grid
 from vlbench.errors import UserError
 
@@ -93,7 +98,7 @@ def comparison(model, tmp_path, monkeypatch) -> list[str]:
     records = [{"id": str(n), "image": "red.png", "conversations": turns} for n in range(2)]
     (tmp_path / "vqa.json").write_text(json.dumps(records))
     monkeypatch.setattr(compare_command, "_train_unfinished", lambda *_: {})
-    monkeypatch.setattr(compare_command, "REPORT_FILES", ("report.md", "report.json"))
+    monkeypatch.setattr(comparison_report, "REPORT_FILES", ("report.md", "report.json"))
     untrained = [f"stages.{stage}.steps=0" for stage in ("align_224", "align_448", "chat")]
     return ["compare", "recipe=yivl_llava", *untrained, "seeds=1", "run=c", "tasks=own,vqa.json"]
 

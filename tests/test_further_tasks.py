@@ -217,6 +217,22 @@ def test_both_ways_of_asking_have_sections_of_their_own(tmp_path):
     assert found.task_remarks == [] and found.tasks[0].matched.remarks == []
 
 
+def test_questions_of_another_exam_under_the_same_ids_are_left_out(tmp_path):
+    rows = make_runs(tmp_path, 1)
+    for row, (folder,) in rows.items():
+        with (folder / "answers.jsonl").open("a") as file:
+            for number in range(40):
+                truth = row if number < 10 else "red"
+                one = {"set": "unseen", "id": f"u{number}", "type": "shape", "language": "en"}
+                file.write(json.dumps({**one, "truth": truth, "correct": number % 2 == 0}) + "\n")
+    (task,) = compare(rows).tasks
+    assert task.matched.questions == [f"u{number}" for number in range(10, 40)]
+    assert task.matched.remarks == [
+        "10 questions left out: under the same id the true answer, text or picture differs from "
+        "run to run."
+    ]
+
+
 def test_questions_that_one_row_was_not_asked_are_counted_named_and_left_out(tmp_path):
     rows = make_runs(tmp_path, 2)
     for seed in range(2):
@@ -226,7 +242,7 @@ def test_questions_that_one_row_was_not_asked_are_counted_named_and_left_out(tmp
     assert len(task.matched.questions) == 95 and task.rows[0].score == 1.0
     assert task.matched.remarks == [
         "10 questions not put to every run are left out (validation_0, validation_1, "
-        "validation_2, ...); not asked: 5 of llava_mlp, 5 of linear."
+        "validation_2 and 7 more); not asked: 5 of llava_mlp, 5 of linear."
     ]
 
 

@@ -7,6 +7,7 @@ import json
 import math
 import random
 import re
+import warnings
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -28,6 +29,7 @@ from vlbench.config import recipe as recipes
 from vlbench.data.scene_exam import held_out_questions
 
 QUESTIONS = held_out_questions("new")[:60]
+SEVERAL = (("a",), ("b", "connector.name=linear"))
 EVIL = "<script>alert('x')</script> & \ud800"
 
 
@@ -152,6 +154,18 @@ def test_the_plots_are_xml(written):
 def test_chinese_questions_and_their_images_are_there(written):
     shown = [one for one in QUESTIONS if one.text in written and one.language == "zh"]
     assert shown and "data:image/png;base64" in written
+
+
+def test_chinese_names_in_plots_bring_no_warnings(tmp_path):
+    """Of a font that the page does not use: text stays text."""
+    folders = [run(tmp_path / name, 0.6, 0, *words) for name, *words in SEVERAL]
+    for folder in folders:
+        text = (folder / "answers.jsonl").read_text()
+        (folder / "answers.jsonl").write_text(re.sub('"type": "[a-z]+"', '"type": "颜色"', text))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        page = render_html(analyze_runs([load_finished_run(folder) for folder in folders]))
+    assert "颜色" in page and not any("Glyph" in str(one.message) for one in told)
 
 
 def test_one_row_of_one_seed_without_anything_is_said(tmp_path):

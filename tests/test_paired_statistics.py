@@ -258,3 +258,21 @@ def test_one_seed_is_said_of_two_runs():
     said = found.describe_difference("a", "b")
     assert said.startswith("this run of a is 100.0 points above that run of b") and "1 seed" in said
     assert RowStatistics(np.ones((1, 1, 5))).seed_spread is None
+
+
+def test_detectable_differences_of_many_alike_pairs_are_solved_once(monkeypatch):
+    """A comparison of 300 rows has 45,000 pairs, in a dozen tables."""
+    calls = []
+    real = stats.nct.sf
+    monkeypatch.setattr(stats.nct, "sf", lambda *words: calls.append(1) or real(*words))
+    rows = RowStatistics(answers(np.random.default_rng(3), 40, 3))
+    pairs = [rows.difference(i, j) for i in range(40) for j in range(i)]
+    assert all(0 < one.smallest_detectable <= 1 for one in pairs)
+    assert len(calls) < 3 * len(pairs)  # each would take about 13
+
+
+def test_few_pictures_make_a_detectable_difference_a_rough_figure():
+    few, many = (PlannedDesign(2, count, 0.8, 0.01) for count in (15, 400))
+    assert describe_detectable(few).startswith("about ") and "about" not in describe_detectable(
+        many
+    )

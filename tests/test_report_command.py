@@ -189,10 +189,10 @@ def test_other_questions_under_the_same_ids_are_not_paired(runs, capsys):
     assert main(["report", str(runs)]) == 0
     text = capsys.readouterr().out
     assert "questions about the data of the recipe: 290" in text and "Only" not in text
-    assert "10 questions are left out, as under the same id their true answer or picture" in text
+    assert "10 questions are left out, as under the same id their true answer, text" in text
     change_answers(runs / "llava/2", lambda _: {"truth": "green"})
     assert main(["report", str(runs)]) == 2
-    assert "under the same ids their true answers or pictures differ, as of q0" in (
+    assert "under the same ids their true answers, texts or pictures differ, as of q0" in (
         capsys.readouterr().err
     )
 
@@ -283,3 +283,14 @@ def test_a_folder_may_have_the_name_of_that_of_trials(tmp_path, capsys):
     run(tmp_path / "sweep/trials/x3", 0.2, SWEEP_SEED, "stages.chat.train.connector.lr=1e-2")
     assert main(["report", str(tmp_path)]) == 0
     assert "Rows: 1; seeds: 0, 1" in capsys.readouterr().out
+
+
+def test_a_row_for_which_seeds_of_all_others_are_left_out_is_named(runs, capsys):
+    run(runs / "qformer/0", 0.5, 0, "connector.name=qformer")
+    assert main(["report", str(runs)]) == 0
+    said = capsys.readouterr().out
+    assert "Rows: 3; seeds: 0;" in said
+    assert "Without qformer (1 seed), more could be compared." in said
+    shutil.rmtree(runs / "linear/2")
+    assert main(["report", str(runs / "llava"), str(runs / "linear")]) == 0
+    assert "Without" not in capsys.readouterr().out  # there would be one row

@@ -13,7 +13,13 @@ from pathlib import Path
 
 import pytest
 
-from vlbench.compare.experiment import compare_command, lr_sweep, run_jobs
+from vlbench.compare.experiment import (
+    compare_command,
+    cost_estimate,
+    lr_sweep,
+    probe_run,
+    run_jobs,
+)
 from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.run_jobs import ComparisonStopped, TrainingJob, train_jobs
 from vlbench.compare.report.sweep_summary import SWEEP_SEED
@@ -193,3 +199,23 @@ def test_freezing_the_encoder_keeps_its_features_in_the_comparison(tmp_path, mon
         recipe = grids.load_recipe(row, 0)
         assert all("vision" not in stage.trained_parts for stage in recipe.stages.values())
         assert recipe.trainer.feature_cache == "c/features"
+
+
+def test_a_probe_has_as_many_processes_as_its_run(monkeypatch):
+    launched = []
+    monkeypatch.setattr(probe_run, "launch_processes", lambda *words: launched.append(words) or 0)
+    monkeypatch.setattr(probe_run, "run_probe", lambda words: launched.append(words) or 0)
+    words = ["recipe=yivl_llava", "trainer.accelerator=cpu"]
+    assert probe_run.launch_probe([*words, "trainer.devices=2"]) == 0
+    assert probe_run.launch_probe(words) == 0
+    (_, settings, module), alone = launched
+    assert settings.devices == 2 and module == probe_run.__name__ and alone == words
+
+
+@pytest.mark.slow
+def test_a_run_of_two_processes_is_probed(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    words = ["recipe=yivl_llava", "trainer.devices=2", "trainer.accelerator=cpu", "only=align_224"]
+    (row,) = grids.parse_grid([*words, "log.questions=2"]).rows
+    cost = cost_estimate._probe_run(row, row.overrides_for_seed(0), dict(os.environ))
+    assert cost is not None and cost["seconds"] > 0 and cost["question_seconds"] > 0

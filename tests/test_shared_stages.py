@@ -6,7 +6,7 @@ import contextlib
 import json
 
 from vlbench.compare.experiment import grid as grids
-from vlbench.compare.experiment.shared_stages import copy_shared_stages
+from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
 from vlbench.config import recipe as recipes
 from vlbench.data.data_checksums import DATA_KEYS
 from vlbench.train.run_folder import RunFolder, open_run
@@ -28,7 +28,10 @@ def test_the_data_of_shared_stages_is_recorded_as_the_runs_own(tmp_path, monkeyp
     (source.folder / "metrics.csv").write_text("stage\n")
     source.results_file.write_text(json.dumps({}))
 
-    assert copy_shared_stages(grid, later, 0).startswith("align_224, align_448 as in ")
+    shared = find_shared_stages(grid)
+    assert list(shared) == [later.name]
+    said = copy_shared_stages(grid, later, 0, shared[later.name])
+    assert said == f"align_224, align_448 as in {first.name}"
     copied = RunFolder(grid.run_folder(later, 0))
     versions = copied.read_versions()
     assert {key: versions[key] for key in DATA_KEYS} == recorded

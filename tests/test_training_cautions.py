@@ -14,6 +14,7 @@ from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.learning_trend import find_fall, row_fall
 from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
+from vlbench.compare.report.unequal_spreads import unequal_spreads_warning
 
 LINEAR = "connector.name=linear"
 SPENT = {"samples": 9600, "supervised_tokens": 5000}
@@ -111,6 +112,15 @@ def test_times_of_other_devices_are_told(tmp_path):
         "Times and memory are of different settings: activation_checkpointing (none, full)" in said
     )
     assert "trainer.devices (1, 4)" in said
+
+
+def test_two_rows_whose_seeds_spread_differently():
+    told = unequal_spreads_warning({"llava": 0.01, "qformer": 0.042}, 1000)
+    assert told.startswith("Seeds of qformer spread 4.2 times as far as those of llava.")
+    assert not unequal_spreads_warning({"llava": 0.01, "qformer": 0.029}, 1000)
+    assert not unequal_spreads_warning({"llava": 0.0, "qformer": 0.002}, 1000)  # of two answers
+    assert not unequal_spreads_warning({"a": 0.01, "b": 0.01, "c": 0.1}, 1000)
+    assert not unequal_spreads_warning({"a": None, "b": None}, 1000)
 
 
 def test_floor_and_ceiling():

@@ -1,4 +1,4 @@
-"""Tables of plain text: columns as wide as their longest cell, two spaces between them."""
+"""Tables and lists of plain text: columns as wide as their longest cell, names that are many."""
 
 from __future__ import annotations
 
@@ -25,6 +25,12 @@ def format_table(rows: Sequence[Sequence[str]], alignment: str = "<") -> list[st
         ).rstrip()
         for row in rows
     ]
+
+
+def list_some(names: Sequence[str], most: int) -> str:
+    """Return "a, b and 3 more": names with commas between them, at most so many."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more:,} more" if more > 0 else "")
 
 
 def markdown_text(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from vlbench.text_tables import list_some
+
 SHOWN_NAMES = 3
 
 
@@ -19,5 +21,4 @@ def require(holds: bool, found: str) -> None:
 
 def require_none(names: Sequence[str], found: str) -> None:
     """Raise a ContractViolation that names what breaks the contract, if anything does."""
-    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
-    require(not names, f"{found} {', '.join(names[:SHOWN_NAMES])}{more}")
+    require(not names, f"{found} {list_some(names, SHOWN_NAMES)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from vlbench.errors import UserError, suggest_name
+from vlbench.text_tables import list_some
 
 RECORD_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 """Names that a message suggests; what a file holds tells its format."""
@@ -39,10 +40,8 @@ def folder_remedy(folder: Path) -> str:
     files = [str(folder / name) for name in names if _may_have_records(folder / name)]
     if not files:
         return "it holds no file of JSON, Parquet or a table, nor tar files"
-    more = len(files) - MAX_NAMED_FILES
-    named = ", ".join(files[:MAX_NAMED_FILES]) + (f" and {more} more" if more > 0 else "")
     several = "one of its files, or several in data.mix" if len(files) > 1 else "its file"
-    return f"give {several}: {named}"
+    return f"give {several}: {list_some(files, MAX_NAMED_FILES)}"
 
 
 def _may_have_records(path: Path) -> bool:

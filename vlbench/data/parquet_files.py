@@ -16,6 +16,7 @@ from typing import TypeVar
 from vlbench.errors import UserError, one_line, suggest_name
 from vlbench.hub_download import explain_hub_error
 from vlbench.text_files import read_text
+from vlbench.text_tables import list_some
 
 HUB_NAME = re.compile(r"\w[\w.-]*/\w[\w.-]*(/\w[^:]*)?(:[\w.-]+)?")
 """OWNER/NAME, OWNER/NAME/SUBSET as LLaVA-OneVision's `ai2d(gpt4v)`, and either with :SPLIT."""
@@ -137,12 +138,11 @@ def choose_split(location: str, files: Sequence[PathT], split: str = "") -> list
 
 def _splitless_error(location: str, splits: Mapping[str, list[PathT]], wanted: str) -> UserError:
     """Return the error for files that tell no split beside those of the split to train on."""
-    count, names = len(splits[""]), ", ".join(map(str, splits[""][:MAX_NAMED_FILES]))
-    more = f" and {count - MAX_NAMED_FILES} more" if count > MAX_NAMED_FILES else ""
+    files = [str(file) for file in splits[""]]
     return UserError(
-        f"has {count} Parquet files that tell no split ({names}{more}), and {len(splits[wanted])} "
-        f"of the split {wanted!r}; {location}:{wanted} reads the latter alone, and a folder of "
-        "the others, or each by its name (data.mix has several), those"
+        f"has {len(files)} Parquet files that tell no split ({list_some(files, MAX_NAMED_FILES)}), "
+        f"and {len(splits[wanted])} of the split {wanted!r}; {location}:{wanted} reads the latter "
+        "alone, and a folder of the others, or each by its name (data.mix has several), those"
     )
 
 

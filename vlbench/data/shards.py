@@ -51,6 +51,7 @@ from vlbench.data.shard_sampler import MAX_LANES, RecentOrders, ShardShuffle
 from vlbench.errors import BadSample, UserError
 from vlbench.regular_files import MAX_IMAGE_BYTES, format_bytes, open_regular
 from vlbench.text_files import parse_json
+from vlbench.text_tables import list_some
 
 CACHED_INDEXES = 64  # indexes in memory: of about as many shards as are read alternately
 READ_TRIES = 3  # attempts to read a shard
@@ -310,8 +311,7 @@ def _missing_caption_reason(entry: ShardEntry, record: dict[str, Any], has_empty
 
 
 def _shorten_list(names: Collection[str]) -> str:
-    more = f" and {len(names) - 8} more" if len(names) > 8 else ""
-    return ", ".join(list(names)[:8]) + more
+    return list_some(list(names), 8)
 
 
 def _check_opens(tar: str) -> None:

@@ -131,8 +131,10 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> int:
-    """Run `python -m vlbench ARGS` in `settings.devices` processes; return the exit code.
+def launch_processes(
+    command_args: Sequence[str], settings: TrainerConfig, module: str = "vlbench"
+) -> int:
+    """Run `python -m MODULE ARGS` in `settings.devices` processes; return the exit code.
 
     Ctrl-C, SIGTERM and SIGHUP are forwarded. When one process fails, or Ctrl-C comes twice, the
     others have `GRACE_SECONDS` to exit before they are killed.
@@ -143,7 +145,7 @@ def launch_processes(command_args: Sequence[str], settings: TrainerConfig) -> in
             f"srun (a task per GPU) or torchrun --nproc-per-node={settings.devices}; "
             "docs/cluster.md has both"
         )
-    processes = _start_processes(command_args, settings.devices)
+    processes = _start_processes([module, *command_args], settings.devices)
     with _forward_signals(processes) as received_signals:
         first_failed = _wait_for_processes(processes, received_signals)
     exit_codes = [process.returncode for process in processes]
@@ -171,8 +173,8 @@ def _forward_signals(processes: list[subprocess.Popen[bytes]]) -> Iterator[list[
         restore_handlers()
 
 
-def _start_processes(command_args: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
-    """Start a process per device, with the environment variables of torchrun."""
+def _start_processes(module_args: Sequence[str], devices: int) -> list[subprocess.Popen[bytes]]:
+    """Start `python -m` for each device, with the environment variables of torchrun."""
     with socket.socket() as free_socket:
         free_socket.bind(("127.0.0.1", 0))
         port = free_socket.getsockname()[1]
@@ -188,7 +190,7 @@ def _start_processes(command_args: Sequence[str], devices: int) -> list[subproce
     }
     return [
         subprocess.Popen(
-            [sys.executable, "-m", "vlbench", *command_args],
+            [sys.executable, "-m", *module_args],
             env=os.environ | environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
             start_new_session=True,  # so that Ctrl-C comes once, from this process
         )

@@ -32,7 +32,7 @@ from vlbench.data.sample import (
 from vlbench.data.scene_exam import HeldOutKind, HeldOutSceneQuestion, held_out_questions
 from vlbench.data.shuffle import pick_fixed_subset
 from vlbench.errors import BadSample, UserError
-from vlbench.evaluate.known_pictures import KnownPictures
+from vlbench.evaluate.known_pictures import KnownPictures, checksum_question
 
 MAX_OWN_QUESTIONS = 1000  # questions asked about a user's own data
 NO_IMAGE_REASON = "has no image"
@@ -52,6 +52,9 @@ class EvalQuestion:
     """Number of its record in the source, from 1; "" for a rendered scene."""
     picture: str = ""
     """Name of the conversation's first image: questions about it stand or fall together."""
+    checksum: str = ""
+    """Of its turns and the pixels of its images, which tells it from others of the same id; of
+    images that are rendered their names count. "" where it is not known."""
     family: str = ""
     """Family of a question about rendered scenes, whose score is its own; "" for others."""
     evidence: tuple[Evidence, ...] = ()
@@ -86,7 +89,7 @@ def final_questions(
     `stage_data` are those of the last stage, and `limit` is `log.questions`.
     """
     data = stage_data.config
-    if _asks_rendered(data):
+    if asks_rendered(data):
         new, unseen = _rendered_questions(data)
         return "new images", pick_fixed_subset(new, limit), pick_fixed_subset(unseen, limit)
     held_out = open_held_out(stage_data)
@@ -126,18 +129,7 @@ def _mixture_questions(sources: Sequence[SampleSource], limit: int) -> list[Eval
     return questions
 
 
-def count_final_questions(data: DataConfig, limit: int | None) -> int:
-    """Return how many questions a run is asked at its end; of a user's data, at most so many.
-
-    `data` are those of the last stage, and `limit` is `log.questions`.
-    """
-    if _asks_rendered(data):
-        count = len(_rendered_questions(data)[0])
-        return min(limit or count, count)
-    return limit or MAX_OWN_QUESTIONS
-
-
-def _asks_rendered(data: DataConfig) -> bool:
+def asks_rendered(data: DataConfig) -> bool:
     """Tell whether the questions at the end are those about rendered scenes."""
     return data.train in RENDERED_SOURCES and not data.mix and not data.val
 
@@ -158,15 +150,17 @@ def _without_answers(held_out: Iterable[HeldOutSceneQuestion]) -> list[EvalQuest
     """Return held-out questions about rendered scenes, to be asked."""
     return [
         EvalQuestion(
-            _drop_answers(scene.to_sample()),
+            sample,
             scene.answer,
             scene.type,
             scene.language,
             picture=scene.images[0].name,
+            checksum=checksum_question(sample, [image.name for image in scene.images]),
             family=scene.family,
             evidence=scene.evidence,
         )
         for scene in held_out
+        for sample in [_drop_answers(scene.to_sample())]
     ]
 
 
@@ -240,7 +234,9 @@ class QuestionReader:
         if reason:
             self.left_out.append(LeftOutRecord(sample_id, number, reason))
         else:
-            self.questions += _questions_by_turn(replace(sample, images=images), str(number))
+            self.questions += _questions_by_turn(
+                replace(sample, images=images), str(number), self._pictures
+            )
 
 
 def describe_left_out(left_out_records: Sequence[LeftOutRecord]) -> str:
@@ -279,7 +275,9 @@ def _with_new_id(question: EvalQuestion, taken: Collection[str]) -> EvalQuestion
     return replace(question, sample=replace(question.sample, id=new_id))
 
 
-def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]:
+def _questions_by_turn(
+    sample: Sample, record_number: str, pictures: KnownPictures
+) -> list[EvalQuestion]:
     """Return a question for each assistant turn, with the turns and images before it."""
     questions = []
     picture = sample.images[0].name if sample.images else ""
@@ -292,8 +290,11 @@ def _questions_by_turn(sample: Sample, record_number: str) -> list[EvalQuestion]
             sample, id=f"{sample.id}/{index}", turns=earlier, images=sample.images[:image_count]
         )
         answer = turn.text.strip()
+        checksum = checksum_question(conversation, map(pictures.digest, conversation.images))
         questions.append(
-            EvalQuestion(conversation, answer, "", sample.language, record_number, picture)
+            EvalQuestion(
+                conversation, answer, "", sample.language, record_number, picture, checksum
+            )
         )
     return questions
 

@@ -1,4 +1,4 @@
-"""Which images of a source show the same picture, by their pixels.
+"""Which images show the same picture, by their pixels, and which questions are the same.
 
 Records of a table or of shards bring copies of a picture, one for each question about it, under
 names of their own.
@@ -7,8 +7,10 @@ names of their own.
 from __future__ import annotations
 
 import hashlib
+import json
+from collections.abc import Iterable
 
-from vlbench.data.sample import LazyImage
+from vlbench.data.sample import LazyImage, Sample
 
 
 class KnownPictures:
@@ -31,3 +33,10 @@ class KnownPictures:
     def digest(self, image: LazyImage) -> str:
         """Return the SHA-256 of the pixels of an image that `unite` was given."""
         return self._digests[image]
+
+
+def checksum_question(question: Sample, image_digests: Iterable[str]) -> str:
+    """Return a checksum of a conversation's turns and of what stands for its images."""
+    turns = [[turn.role, turn.text] for turn in question.turns]
+    text = json.dumps([turns, list(image_digests)])
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

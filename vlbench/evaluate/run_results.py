@@ -185,6 +185,7 @@ def _write_answers(
             "family": question.family,
             "language": question.language,
             "picture": question.picture,
+            "checksum": question.checksum,
             "truth": question.answer,
             "answer": answer,
             "correct": answer == question.answer,

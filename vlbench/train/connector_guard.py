@@ -8,6 +8,7 @@ from vlbench.connector.bounded_building import connector_module_name
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed import collectives
 from vlbench.errors import UserError
+from vlbench.text_tables import list_some
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.training_module import VLMTrainingModule
 
@@ -41,9 +42,9 @@ class ConnectorGuard(StageCallback):
         if late:
             raise collectives.error_for_rank(
                 UserError(
-                    f"connector {name}: {_list_names(late)} did not exist before forward ran, so "
-                    "the optimizer does not have them and no checkpoint could be loaded: make all "
-                    "layers in __init__, with the sizes that `shapes` has"
+                    f"connector {name}: {list_some(late, SHOWN_NAMES)} did not exist before "
+                    "forward ran, so the optimizer does not have them and no checkpoint could be "
+                    "loaded: make all layers in __init__, with the sizes that `shapes` has"
                 )
             )
         if not training.report.supervised_tokens or "connector" not in training.stage.trained_parts:
@@ -52,12 +53,7 @@ class ConnectorGuard(StageCallback):
         idle = [key for key, parameter in trained if parameter.grad is None]
         if idle:
             self.print_line(
-                f"connector {name}: no gradient reaches {_list_names(idle)}: they stay as they "
-                "begin, and count as its parameters all the same; see python -m vlbench "
+                f"connector {name}: no gradient reaches {list_some(idle, SHOWN_NAMES)}: they stay "
+                "as they begin, and count as its parameters all the same; see python -m vlbench "
                 f"test-connector {name}"
             )
-
-
-def _list_names(names: list[str]) -> str:
-    more = len(names) - SHOWN_NAMES
-    return ", ".join(names[:SHOWN_NAMES]) + (f" and {more} more" if more > 0 else "")

@@ -9,6 +9,7 @@ from vlbench.connector.bounded_building import connector_module_name
 from vlbench.data.optimizer_step import OptimizerStep
 from vlbench.distributed import collectives
 from vlbench.errors import UserError
+from vlbench.text_tables import list_some
 from vlbench.train.callbacks import StageCallback
 from vlbench.train.training_module import VLMTrainingModule
 
@@ -43,10 +44,9 @@ class NonFiniteGuard(StageCallback):
         self.nonfinite_streak.append(quantity)
         rank_names = [name for batch in step.micro_batches for name in batch.sample_ids]
         names = [name for rank in collectives.all_gather_objects(rank_names) for name in rank]
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         self.print_line(
             f"stage {self.stage_name}, step {training.steps_done}: {quantity} is not finite, "
-            f"step skipped; samples: {shown}; loss {report.loss:.4g}, "
+            f"step skipped; samples: {list_some(names, 8)}; loss {report.loss:.4g}, "
             f"norm of the gradient {report.grad_norm:.4g}"
         )
         streak_steps = len(self.nonfinite_streak)

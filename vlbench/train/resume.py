@@ -46,6 +46,7 @@ from vlbench.model.weights.tensor_groups import (
 from vlbench.model.weights.weight_origin import ORIGINS_FILE, make_weight_origin, read_origins
 from vlbench.state_dicts import WeightMismatch, load_strict
 from vlbench.text_files import read_json
+from vlbench.text_tables import list_some
 from vlbench.train import checkpoint_files
 from vlbench.train.checkpoint_files import ADAPTERS_FOLDER, RELEASE_FOLDER
 
@@ -277,8 +278,7 @@ def _name_models_inside(folder: Path) -> str:
     names = sorted(
         child.name for child in folder.iterdir() if checkpoint_files.is_run_or_checkpoint(child)
     )
-    more = f" and {len(names) - SHOWN_MODELS} more" if len(names) > SHOWN_MODELS else ""
-    return f"; there are in it: {', '.join(names[:SHOWN_MODELS])}{more}" if names else ""
+    return f"; there are in it: {list_some(names, SHOWN_MODELS)}" if names else ""
 
 
 def load_checkpoint_weights(

@@ -10,19 +10,22 @@ from __future__ import annotations
 import contextlib
 import shlex
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 
 from vlbench.compare.experiment import cost_estimate, lr_sweep, task_jobs
-from vlbench.compare.experiment import grid as grids
+from vlbench.compare.experiment.begun_runs import (
+    refuse_edited_row,
+    refuse_other_recipes,
+    refuse_renamed_rows,
+)
 from vlbench.compare.experiment.budget_curves import expand_curves
 from vlbench.compare.experiment.comparison_folder import (
     COMMAND_FILE,
     check_comparison_folder,
-    other_runs_note,
 )
-from vlbench.compare.experiment.design_cautions import UNTUNED_NOTE, is_untuned
+from vlbench.compare.experiment.comparison_report import NO_RESULTS, write_reports
 from vlbench.compare.experiment.equal_rows import refuse_equal_rows, refuse_equal_trials
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.experiment.match_budget import match_budgets
@@ -34,29 +37,25 @@ from vlbench.compare.experiment.run_jobs import (
     count_slots,
     train_jobs,
 )
-from vlbench.compare.experiment.shared_stages import copy_shared_stages, find_shared_stages
+from vlbench.compare.experiment.shared_stages import (
+    SharedStages,
+    copy_shared_stages,
+    find_shared_stages,
+)
 from vlbench.compare.experiment.slurm_array import write_slurm_script
 from vlbench.compare.experiment.task_jobs import PlannedTask
-from vlbench.compare.report.analysis import analyze_runs
 from vlbench.compare.report.curve_plan import write_curve_plan
-from vlbench.compare.report.finished_runs import load_finished_run
-from vlbench.compare.report.markdown_report import render_markdown
-from vlbench.compare.report.report_command import write_report
 from vlbench.compare.report.sweep_summary import describe_sweep
 from vlbench.config import recipe as recipes
-from vlbench.config.schema import Recipe
 from vlbench.distributed.launcher import ORPHAN_GRACE_SECONDS
 from vlbench.distributed.machine_limits import check_parallel_runs
 from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE, hold_folder, is_held_here
 from vlbench.system_errors import explain_unwritable
 from vlbench.text_files import write_atomically
-from vlbench.train.resume import inherited_keys
-from vlbench.train.run_folder import RunFolder, recipe_differences
+from vlbench.train.run_folder import RunFolder
 from vlbench.train.run_report import format_duration, print_status
 from vlbench.train.run_results_file import read_results
-
-REPORT_FILES = ("report.md", "report.html", "report.json")
 
 
 def run_compare(grid: ComparisonGrid) -> int:
@@ -70,7 +69,8 @@ def run_compare(grid: ComparisonGrid) -> int:
     if has_curves:  # only now the rows are those that have runs: finished ones need nothing
         _check_machine(grid)
     tasks = task_jobs.plan_tasks(grid)
-    _refuse_other_recipes([*lr_sweep.trial_jobs(grid), *_make_jobs(lr_sweep.settled_grid(grid))])
+    refuse_renamed_rows(grid)
+    refuse_other_recipes([*lr_sweep.trial_jobs(grid), *_make_jobs(lr_sweep.settled_grid(grid))])
     if grid.dry_run:
         cost_estimate.print_plan(grid, tasks)
         return 0
@@ -98,7 +98,7 @@ def _train_and_report(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int
         again = shlex.quote(f"run={grid.folder}")
         print_status(f"stopped, saved. To go on: repeat the command with {again}")
         return STOPPED_EXIT_CODE
-    return _write_reports(grid, failed, unasked)
+    return write_reports(grid, failed, unasked)
 
 
 def _apply_sweep(grid: ComparisonGrid) -> ComparisonGrid:
@@ -118,32 +118,8 @@ def _refuse_rows_made_equal(grid: ComparisonGrid) -> None:
     Points of curves are told apart by their budgets.
     """
     if grid.curve_plan is None and (grid.budget_to_match or grid.lr_factors):
-        recipe_by_row = _load_recipes(grid)
-        refuse_equal_rows(recipe_by_row, f"match={grid.budget_to_match}")
-        refuse_equal_trials(recipe_by_row, lr_sweep.possible_choices(grid))
-
-
-def _load_recipes(grid: ComparisonGrid) -> dict[str, Recipe]:
-    return {row.name: grids.load_recipe(row, grid.seeds[0]) for row in grid.rows}
-
-
-def _refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
-    """Refuse folders of runs that were begun with another recipe: they would count as these."""
-    for job in jobs:
-        saved = RunFolder(job.folder).recipe_file
-        if not saved.is_file():
-            continue
-        recipe = recipes.load_recipe(list(job.overrides))
-        if recipe.init:  # what it adds to a recipe stands in the run's own
-            inherited = inherited_keys(recipe.model, str(job.folder))
-            recipe = recipes.load_recipe(list(job.overrides), inherited)
-        changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
-        if changed:
-            raise UserError(
-                f"{job.folder} was trained with another recipe; it differs in "
-                f"{', '.join(changed)}. Give a new folder, run=DIR, or repeat the command that "
-                "made this one"
-            )
+        refuse_equal_rows(grid.recipes, f"match={grid.budget_to_match}")
+        refuse_equal_trials(grid.recipes, lr_sweep.possible_choices(grid))
 
 
 @contextlib.contextmanager
@@ -162,8 +138,7 @@ def _check_machine(grid: ComparisonGrid) -> None:
     jobs = [*lr_sweep.trial_jobs(grid), *_make_jobs(grid)]
     if all(RunFolder(job.folder).is_finished for job in jobs):
         return
-    recipe_by_row = _load_recipes(grid)
-    for name, recipe in recipe_by_row.items():
+    for name, recipe in grid.recipes.items():
         if recipe.trainer.num_nodes > 1:
             raise UserError(
                 f"row {name}: trainer.num_nodes is {recipe.trainer.num_nodes}, and compare trains "
@@ -171,7 +146,7 @@ def _check_machine(grid: ComparisonGrid) -> None:
             )
     if not grid.dry_run and grid.jobs != "slurm":
         slot_count = int(grid.jobs) if grid.jobs.isdecimal() else 1
-        check_parallel_runs(list(recipe_by_row.values()), slot_count)
+        check_parallel_runs(list(grid.recipes.values()), slot_count)
 
 
 def _write_command(grid: ComparisonGrid) -> None:
@@ -208,7 +183,7 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     started_at = time.monotonic()
     start_times: dict[TrainingJob, float] = {}
     durations: list[float] = []
-    run_gpus = count_run_gpus(list(_load_recipes(grid).values()))
+    run_gpus = count_run_gpus(list(grid.recipes.values()))
     slot_count = count_slots(grid.jobs, run_gpus)
     titles = {job: f"[{number}/{len(jobs)}] {job.title}" for number, job in enumerate(jobs, 1)}
     todo = [job for job in jobs if not _is_done(job)]
@@ -216,14 +191,11 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
         if job not in todo:
             print(f"{titles[job]}: done before, {_describe_result(job.folder)}", flush=True)
     rows = {grid.run_folder(row, seed): (row, seed) for seed in grid.seeds for row in grid.rows}
-
-    shared_runs = {
-        job.folder: _shared_run_folder(grid, *rows[job.folder])
-        for job in todo
-        if job.folder in rows
-    }
-    awaited = {folder for folder in shared_runs.values() if folder}
+    shared_stages = find_shared_stages(grid)
+    shared_runs = _shared_runs(grid, shared_stages)
+    awaited = {shared_runs[job.folder] for job in todo if job.folder in shared_runs}
     todo.sort(key=lambda job: job.folder not in awaited)  # else slots are idle at the end
+    not_ended = {job.folder for job in todo}
 
     def is_ready(job: TrainingJob) -> bool:
         """Return whether the run whose stages this one takes over has ended, if there is one.
@@ -233,21 +205,21 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
         may_still_save = time.monotonic() - started_at < ORPHAN_GRACE_SECONDS
         if may_still_save and is_held_here(job.folder / LOCK_FILE):
             return False
-        shared_run = shared_runs.get(job.folder)
-        return shared_run is None or RunFolder(shared_run).is_finished or shared_run in failed
+        return shared_runs.get(job.folder) not in not_ended
 
     def start_job(job: TrainingJob) -> None:
-        shared = copy_shared_stages(grid, *rows[job.folder]) if job.folder in rows else ""
+        start_times[job] = time.monotonic()
+        shared = _prepare_run(grid, rows.get(job.folder), shared_stages)
         copied = f"{shared}; " if shared else ""
         does = "is probed" if RunFolder(job.folder).is_finished else "trains"
         print(f"{titles[job]}: {copied}{does}, log in {job.log_file}", flush=True)
-        start_times[job] = time.monotonic()
 
     def finish_job(job: TrainingJob, exit_code: int) -> None:
         """Note the time or the failure of a run that has ended, and print it."""
         durations.append(time.monotonic() - start_times[job])
-        if exit_code:
-            failed[job.folder] = job.last_log_line
+        not_ended.remove(job.folder)
+        if exit_code or not RunFolder(job.folder).is_finished:
+            failed[job.folder] = job.last_log_line if exit_code else NO_RESULTS
             print_status(f"{titles[job]}: failed: {failed[job.folder]}")
             return
         left = mean(durations) * (len(todo) - len(durations)) / slot_count
@@ -260,10 +232,27 @@ def _train_unfinished(grid: ComparisonGrid, jobs: Sequence[TrainingJob]) -> dict
     return failed
 
 
-def _shared_run_folder(grid: ComparisonGrid, row: GridRow, seed: int) -> Path | None:
-    """Return the folder of the run whose first stages this run takes over, None without one."""
-    shared = find_shared_stages(grid, row, seed)
-    return grid.run_folder(shared[0], seed) if shared else None
+def _prepare_run(
+    grid: ComparisonGrid, run: tuple[GridRow, int] | None, shared: Mapping[str, SharedStages]
+) -> str:
+    """Copy the stages that a run has in common with another; return which, "" for none.
+
+    `run` is its row and seed, None for a trial of a sweep. A UserError where the row was edited.
+    """
+    if run is None:
+        return ""
+    refuse_edited_row(grid, *run)
+    return copy_shared_stages(grid, *run, shared.get(run[0].name))
+
+
+def _shared_runs(grid: ComparisonGrid, shared: Mapping[str, SharedStages]) -> dict[Path, Path]:
+    """Return folder of a run -> that of the run whose first stages it takes over."""
+    return {
+        grid.run_folder(row, seed): grid.run_folder(shared[row.name].row, seed)
+        for seed in grid.seeds
+        for row in grid.rows
+        if row.name in shared
+    }
 
 
 def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
@@ -287,7 +276,7 @@ def _prepare_slurm(grid: ComparisonGrid, tasks: Sequence[PlannedTask]) -> int:
         todo = [job for job in jobs if job.folder not in diverged and not _is_done(job)]
     todo = todo or task_jobs.make_eval_jobs(grid, tasks)
     if not todo:
-        return _write_reports(grid, diverged, [])
+        return write_reports(grid, diverged, [])
     trained = [recipes.load_recipe(list(job.overrides)) for job in todo if job.verb == "fit"]
     gpus = count_run_gpus(trained)
     command = shlex.join(["sbatch", str(write_slurm_script(todo, grid.folder, trained))])
@@ -308,27 +297,6 @@ def _find_diverged(jobs: Sequence[TrainingJob]) -> dict[Path, str]:
                 f"{run.divergence_file}"
             )
     return diverged
-
-
-def _write_reports(grid: ComparisonGrid, failed: dict[Path, str], unasked: Sequence[str]) -> int:
-    """Write and print the report of the finished runs; return 1 if anything failed, else 0.
-
-    `unasked` are sentences on the runs that could not be asked their tasks.
-    """
-    runs = [
-        load_finished_run(folder) for folder in grid.run_folders() if RunFolder(folder).is_finished
-    ]
-    if runs:
-        sweep = _describe_sweep(grid) or ([UNTUNED_NOTE] if is_untuned(grid) else [])
-        others = other_runs_note(grid.folder, grid.run_folders())
-        findings = analyze_runs(runs, failed, [*sweep, *unasked, *others], grid.curve_plan)
-        paths = [grid.folder / name for name in REPORT_FILES]
-        for path in paths:
-            write_report(findings, path)  # before printing: stdout may be a closed pipe
-        print(f"\n{render_markdown(findings)}\n")
-        for path in paths:
-            print(f"wrote {path}")
-    return 1 if failed or unasked else 0
 
 
 def _describe_result(folder: Path) -> str:

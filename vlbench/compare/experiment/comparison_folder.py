@@ -16,6 +16,7 @@ from vlbench.compare.report.unfinished_runs import is_trial
 from vlbench.errors import UserError
 from vlbench.file_lock import LOCK_FILE
 from vlbench.text_files import read_text
+from vlbench.text_tables import list_some
 
 COMMAND_FILE, PROBE_FILE = "command.txt", "plan.json"
 COMMAND_BEGINNING = "python -m vlbench compare"
@@ -42,10 +43,9 @@ def check_comparison_folder(folder: Path) -> None:
         has_runs = any(_holds_runs_alone(entry, MAX_DEPTH) for entry in entries)
         others = [entry for entry in entries if not _is_own(entry, has_runs)]
     if others:
-        named = ", ".join(entry.name for entry in others[:MAX_NAMED])
-        more = ", ..." if len(others) > MAX_NAMED else ""
+        named = list_some([entry.name for entry in others], MAX_NAMED)
         raise UserError(
-            f"run={folder} is a folder with other things in it ({named}{more}), in which a "
+            f"run={folder} is a folder with other things in it ({named}), in which a "
             "comparison would overwrite files; name a new one"
         )
 
@@ -66,10 +66,9 @@ def other_runs_note(folder: Path, run_folders: Sequence[Path]) -> list[str]:
     ]
     if not others:
         return []
-    more = len(others) - MAX_NAMED
-    named = ", ".join(others[:MAX_NAMED]) + (f" and {more:,} more" if more > 0 else "")
     return [
-        f"Not in this report, as the command does not name their rows or seeds: {named}. "
+        f"Not in this report, as the command does not name their rows or seeds: "
+        f"{list_some(others, MAX_NAMED)}. "
         f"`report {folder}` compares all runs of the folder."
     ]
 

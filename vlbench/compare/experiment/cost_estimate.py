@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
 from vlbench.compare.experiment import design_power, lr_sweep, task_jobs
-from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.comparison_folder import PROBE_FILE
 from vlbench.compare.experiment.design_cautions import (
     describe_design_cautions,
@@ -38,7 +37,7 @@ def print_plan(grid: ComparisonGrid, tasks: Sequence[PlannedTask] = ()) -> None:
         f"runs, {done} of them finished"
     )
     for row in grid.rows:
-        recipe = grids.load_recipe(row, grid.seeds[0])
+        recipe = grid.recipes[row.name]
         steps = ", ".join(
             f"{name} {stage.steps if stage.steps is not None else f'{stage.epochs} epochs'}"
             for name, stage in recipe.stages.items()
@@ -54,9 +53,7 @@ def print_plan(grid: ComparisonGrid, tasks: Sequence[PlannedTask] = ()) -> None:
             f"  before them {len(grid.rows) * len(trials)} runs with seed {SWEEP_SEED}: every row "
             f"tries {tried}"
         )
-    shared = sum(
-        find_shared_stages(grid, row, seed) is not None for seed in grid.seeds for row in grid.rows
-    )
+    shared = len(find_shared_stages(grid)) * len(grid.seeds)
     if shared and grid.jobs != "slurm":
         print(f"  {shared} runs begin with stages that another one has trained alike")
     print(f"  {describe_seeds(grid)}")
@@ -94,8 +91,7 @@ def _print_costs(grid: ComparisonGrid) -> float | None:
         )
         for caution in describe_probe_cautions(row.name, cost):
             print(f"  caution: {caution}")
-    recipes = [grids.load_recipe(row, grid.seeds[0]) for row in grid.rows]
-    slot_count = count_slots(grid.jobs, count_run_gpus(recipes))
+    slot_count = count_slots(grid.jobs, count_run_gpus(list(grid.recipes.values())))
     print(
         f"  about {format_duration(seconds / slot_count)} in all with jobs={slot_count}, at most "
         f"{format_bytes(memory)} of memory for each of {slot_count}",
@@ -112,6 +108,8 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
     """
     file = grid.folder / PROBE_FILE
     probes = _read_probes(file)
+    run_gpus = count_run_gpus(list(grid.recipes.values()))
+    environment = slot_environment(0, count_slots(grid.jobs, run_gpus), run_gpus)
     costs = []
     for row in grid.rows:
         overrides = row.overrides_for_seed(grid.seeds[0])
@@ -119,7 +117,7 @@ def _estimate_costs(grid: ComparisonGrid) -> Sequence[dict[str, Any] | None]:
         if cost is None and probes.get(row.name, {}).get("words") != overrides:
             probes[row.name] = {
                 "words": overrides,
-                **(_probe_run(row, overrides, count_slots(grid.jobs)) or {}),
+                **(_probe_run(row, overrides, environment) or {}),
             }
         probe = probes.get(row.name, {})
         costs.append(cost or (probe if "seconds" in probe else None))
@@ -150,11 +148,13 @@ def _finished_run_cost(grid: ComparisonGrid, row: GridRow) -> dict[str, Any] | N
     }
 
 
-def _probe_run(row: GridRow, overrides: Sequence[str], slot_count: int) -> dict[str, Any] | None:
+def _probe_run(
+    row: GridRow, overrides: Sequence[str], environment: Mapping[str, str]
+) -> dict[str, Any] | None:
     """Return the cost of a run, from a few steps; None where they fail, the reason printed."""
     process = subprocess.run(
         [sys.executable, "-m", "vlbench.compare.experiment.probe_run", *overrides],
-        env=slot_environment(0, slot_count),
+        env=environment,
         capture_output=True,
         text=True,
     )

@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from vlbench.command_line.overrides import flatten_keys
-from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid
 from vlbench.compare.report.training_budgets import (
     budgets_warning,
@@ -27,7 +26,7 @@ UNTUNED_NOTE = (
 
 def describe_seeds(grid: ComparisonGrid) -> str:
     """Return what differs from seed to seed of a row, and what does not."""
-    recipe = grids.load_recipe(grid.rows[0], grid.seeds[0])
+    recipe = grid.recipes[grid.rows[0].name]
     sources = [stage.data or recipe.data for stage in recipe.stages.values()]
     is_rendered = any(data.train in RENDERED_SOURCES and not data.mix for data in sources)
     data = "which scenes are rendered, " if is_rendered else "the order of the samples, "
@@ -44,9 +43,7 @@ def describe_design_cautions(grid: ComparisonGrid) -> list[str]:
     warnings = [
         sentence
         for rows in grid.compared_rows()
-        for sentence in _unequal_training(
-            {row.name: grids.load_recipe(row, grid.seeds[0]) for row in rows}
-        )
+        for sentence in _unequal_training({row.name: grid.recipes[row.name] for row in rows})
     ]
     if is_untuned(grid):
         runs = 3 * len(grid.rows)
@@ -92,7 +89,7 @@ def _asked_data(recipe: Recipe) -> str:
 
 def is_untuned(grid: ComparisonGrid) -> bool:
     """Tell whether several connectors are compared at rates that none of them has tried."""
-    names = {grids.load_recipe(row, grid.seeds[0]).connector["name"] for row in grid.rows}
+    names = {recipe.connector["name"] for recipe in grid.recipes.values()}
     return len(names) > 1 and not grid.lr_factors
 
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import get_args
 
@@ -104,6 +105,15 @@ class ComparisonGrid:
     task_words: tuple[str, ...] = ()
     """`tasks.NAME.KEY=VALUE`, what one of the tasks is asked with."""
 
+    @cached_property
+    def recipes(self) -> dict[str, Recipe]:
+        """Name of a row -> its recipe with the first seed, read once: each takes a while."""
+        return {row.name: load_recipe(row, self.seeds[0]) for row in self.rows}
+
+    def recipe_of(self, row: GridRow, seed: int) -> Recipe:
+        """Return the recipe of a row with a seed."""
+        return self.recipes[row.name].model_copy(update={"seed": seed})
+
     @property
     def tested_pair_count(self) -> int:
         """The number of pairs of rows whose difference will be tested."""
@@ -166,6 +176,8 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
     seeds = _parse_seeds(arguments.seeds)
     lr_factors = parse_factors(arguments.sweep, factor_texts)
     recipes_by_row = _load_recipes(rows, seeds[0])
+    for seed in {min(seeds), max(seeds)} - {seeds[0]}:  # between them all are in the range
+        _load_recipes(rows[:1], seed)
     folder = Path(arguments.run) if arguments.run else first_free_path("runs/compare-{}")
     if arguments.freeze:
         rows = [_freeze_encoder(row, folder) for row in rows]

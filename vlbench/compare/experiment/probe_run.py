@@ -1,6 +1,7 @@
 """`python -m vlbench.compare.experiment.probe_run WORDS`: what `fit WORDS` costs, as JSON.
 
-A process of its own, so that the memory of one run is not counted with another's.
+Processes of its own, as many as the run has devices, so that the memory of one run is not counted
+with another's, and a model that is sharded over several is tried as it will be trained.
 """
 
 from __future__ import annotations
@@ -11,6 +12,9 @@ import time
 from collections.abc import Sequence
 
 from vlbench.config import recipe as recipes
+from vlbench.distributed import collectives
+from vlbench.distributed.launcher import end_with_launcher, is_launched, launch_processes
+from vlbench.distributed.process_group import join_process_group
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.evaluate.askable_questions import split_askable
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
@@ -20,27 +24,48 @@ from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.system_errors import explain_system_error
 from vlbench.train.dry_run import measure_stages
-from vlbench.train.lightning_trainer import root_device
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_memory
 
 
+def launch_probe(overrides: list[str]) -> int:
+    """Run the probe in a process for each device of the run; return the exit code."""
+    if not is_launched():
+        try:
+            trainer = recipes.load_recipe(overrides).trainer
+        except UserError as error:
+            print(f"vlbench: {error}", file=sys.stderr)
+            return 2
+        if trainer.world_size > 1:
+            return launch_processes(overrides, trainer, "vlbench.compare.experiment.probe_run")
+    end_with_launcher()
+    return run_probe(overrides)
+
+
 def run_probe(overrides: list[str]) -> int:
     """Print the cost of a run; return the exit code of a mistake in it.
 
-    It is `seconds`, `memory` (bytes), and `question_seconds`, those of one question at its end.
+    It is `seconds`, `memory` (bytes), and `question_seconds`, those of one question at its end; 0
+    where the model may not fit on one device, as it is sharded.
     Also `cut`: by stage the samples of its first steps, how many are cut at `language.max_length`,
     and `unused_objectives` of its connector, [] where it begins with given weights.
     """
     try:
         recipe = recipes.load_recipe(overrides)
-        stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
-        stages = list(measure_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs))
+        runner = StageRunner.from_recipe(recipe)
+        with join_process_group(recipe.trainer):
+            stage_runs = collectives.call_on_rank_zero_first(
+                lambda: plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
+            )
+            stages = list(measure_stages(runner, recipe.model, stage_runs))
+            is_first = collectives.is_rank_zero()
+        if not is_first:  # one process asks the questions at the end of a run
+            return 0
         vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
         _, *wanted = final_questions(recipe.last_stage_data, recipe.log.questions)
         questions, unseen = (split_askable(vlm.processor, some)[0] for some in wanted)
-        each = time_question(vlm.to(root_device(recipe.trainer)), questions)
+        each = 0.0 if runner.is_sharded else time_question(vlm.to(runner.device), questions)
         count = 3 * len(questions) + len(unseen)  # asked as they are, blank, and exchanged
         seconds = sum(one.total_steps * one.step_seconds for one in stages) + each * count
         ran = list(recipe.selected_stages.values())
@@ -73,4 +98,4 @@ def time_question(vlm: LoadedVLM, questions: Sequence[EvalQuestion]) -> float:
 
 
 if __name__ == "__main__":
-    sys.exit(run_probe(sys.argv[1:]))
+    sys.exit(launch_probe(sys.argv[1:]))

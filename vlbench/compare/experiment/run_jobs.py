@@ -17,6 +17,7 @@ import torch
 
 from vlbench.config.schema import Recipe
 from vlbench.distributed.machine_limits import count_cpu_cores
+from vlbench.errors import EnvironmentFailure, UserError, escape_to_one_line
 from vlbench.regular_files import open_regular
 from vlbench.stop_signals import handle_stop_signals
 from vlbench.text_files import append_text, split_lines
@@ -26,6 +27,7 @@ MAX_CPU_RUNS = 4  # parallel runs of jobs=auto on CPU: there may be no memory fo
 LOG_TAIL_BYTES = 1 << 16  # at the end of a log, in which its last line is
 POLL_SECONDS = 0.2  # between checks of the processes
 STOPPED_EXIT_CODE = 130  # of a run that was interrupted and has saved
+REFUSED_EXIT_CODE = 2  # of a run that was not started: the user's mistake
 
 
 @dataclass(frozen=True)
@@ -92,7 +94,8 @@ def train_jobs(
         jobs: the runs to train.
         slot_count: how many are trained in parallel.
         is_ready: whether a job may start now.
-        on_start: called before a job starts.
+        on_start: called before a job starts. A UserError, EnvironmentFailure or OSError of
+            it is the job's own: it stands in the log and the job ends with `REFUSED_EXIT_CODE`.
         on_end: called with the exit code after a job has ended.
         run_gpus: how many GPUs a run takes, if this machine has some.
 
@@ -105,7 +108,12 @@ def train_jobs(
         while waiting or running:
             for job in [job for job in waiting if is_ready(job)][: len(free_slots)]:
                 waiting.remove(job)
-                on_start(job)
+                try:
+                    on_start(job)
+                except (UserError, EnvironmentFailure, OSError) as error:
+                    _write_log_line(job, str(error))
+                    on_end(job, REFUSED_EXIT_CODE)
+                    continue
                 slot = free_slots.pop(0)
                 running[slot] = job, _launch_job(job, slot_environment(slot, slot_count, run_gpus))
             time.sleep(POLL_SECONDS)
@@ -129,6 +137,13 @@ def _forward_signals(stop_signals: list[int], processes: list[subprocess.Popen[b
                 process.send_signal(number)
             sent += 1
         time.sleep(POLL_SECONDS)
+
+
+def _write_log_line(job: TrainingJob, text: str) -> None:
+    """Append a line to the log of a job, as its own process would tell a mistake."""
+    job.log_file.parent.mkdir(parents=True, exist_ok=True)
+    with append_text(job.log_file) as file:
+        file.write(f"vlbench: {escape_to_one_line(text)}\n")
 
 
 def _launch_job(job: TrainingJob, environment: dict[str, str]) -> subprocess.Popen[bytes]:

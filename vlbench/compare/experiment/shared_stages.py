@@ -3,30 +3,47 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shutil
-from typing import Any
+from typing import Any, NamedTuple
 
 from vlbench.command_line.overrides import flatten_keys
-from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.report.row_identity import STAGES_KEY, row_identity, stages_that_ran
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
+from vlbench.connector.kept_source import describe_other_source
 from vlbench.data.data_checksums import DATA_KEYS
 from vlbench.file_lock import LOCK_FILE, is_held_here
 from vlbench.train.run_folder import RunFolder, open_run
 
 
-def find_shared_stages(
-    grid: ComparisonGrid, row: GridRow, seed: int
-) -> tuple[GridRow, list[str]] | None:
-    """Return an earlier row whose first stages are the same with this seed, and their names."""
-    own = grids.load_recipe(row, seed)
-    for other in grid.rows[: grid.rows.index(row)]:
-        stages = common_stages(own, grids.load_recipe(other, seed))
-        if stages:
-            return other, stages
-    return None
+class SharedStages(NamedTuple):
+    """Leading stages that a row has in common with an earlier one."""
+
+    row: GridRow
+    """The earlier row, which trains them."""
+    stages: list[str]
+
+
+def find_shared_stages(grid: ComparisonGrid) -> dict[str, SharedStages]:
+    """Return name of a row -> the first earlier row whose first stages are the same, and these.
+
+    Rows without one are left out. It is the same for every seed.
+    """
+    found: dict[str, SharedStages] = {}
+    first_rows: dict[str, GridRow] = {}
+    for row in grid.rows:
+        recipe = flatten_keys(recipes.to_plain(grid.recipes[row.name]))
+        ran = stages_that_ran(recipe)
+        if not ran:
+            continue
+        beginning = [_keys_outside_stages(recipe), ran[0], _keys_of_stage(recipe, ran[0])]
+        other = first_rows.setdefault(json.dumps(beginning, sort_keys=True), row)
+        stages = common_stages(grid.recipes[row.name], grid.recipes[other.name])
+        if other is not row and stages:
+            found[row.name] = SharedStages(other, stages)
+    return found
 
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
@@ -55,16 +72,20 @@ def _keys_of_stage(recipe: dict[str, Any], stage: str) -> dict[str, Any]:
     return {k: v for k, v in recipe.items() if k.startswith(f"stages.{stage}.")}
 
 
-def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
+def copy_shared_stages(
+    grid: ComparisonGrid, row: GridRow, seed: int, shared: SharedStages | None
+) -> str:
     """Copy the checkpoints of shared stages into a new run; return which, "" for none."""
-    folder, shared = grid.run_folder(row, seed), find_shared_stages(grid, row, seed)
+    folder = grid.run_folder(row, seed)
     if shared is None or (folder / "recipe.yaml").is_file():
         return ""
-    other, stages = shared
-    source = RunFolder(grid.run_folder(other, seed))
+    source = RunFolder(grid.run_folder(shared.row, seed))
     if not source.is_finished or is_held_here(folder / LOCK_FILE):  # fit says by whom
         return ""
     recipe = recipes.load_recipe([*row.overrides_for_seed(seed), f"run={folder}"])
+    stages = _trained_alike(recipe, source)
+    if not stages:
+        return ""
     with contextlib.ExitStack() as held_locks:
         run = open_run(recipe, held_locks)
         for number, name in enumerate(stages):
@@ -76,4 +97,14 @@ def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
         recorded = source.read_versions()  # of the data that the shared stages trained on
         run.record_versions({key: recorded[key] for key in DATA_KEYS if key in recorded})
         shutil.copy(source.folder / "metrics.csv", run.folder / "metrics.csv")
-    return f"{', '.join(stages)} as in {other.name}"
+    return f"{', '.join(stages)} as in {shared.row.name}"
+
+
+def _trained_alike(recipe: Recipe, source: RunFolder) -> list[str]:
+    """Return the leading stages that a run has trained as a recipe says, by what the run kept.
+
+    The files of its recipe and of its connector may have been edited since it began.
+    """
+    if describe_other_source(recipe.connector, source.folder):
+        return []
+    return common_stages(recipe, recipes.load_recipe_file(source.recipe_file))

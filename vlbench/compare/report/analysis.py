@@ -15,7 +15,11 @@ from vlbench.compare.report.comparison_warnings import comparison_warnings
 from vlbench.compare.report.curve_analysis import CurveFindings, analyze_curves
 from vlbench.compare.report.curve_arms import arms_of_points, compared_groups, left_out_note
 from vlbench.compare.report.curve_plan import CurvePlan
-from vlbench.compare.report.detectable_difference import describe_detectable
+from vlbench.compare.report.detectable_difference import (
+    FEW_PICTURES,
+    ROUGH_FIGURES,
+    describe_detectable,
+)
 from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
@@ -36,6 +40,7 @@ from vlbench.compare.report.row_pairs import (
 )
 from vlbench.compare.report.score_limits import RowScore, floor_and_ceiling_warnings
 from vlbench.compare.report.task_comparison import TaskComparison, compare_tasks
+from vlbench.compare.report.unequal_spreads import unequal_spreads_warning
 from vlbench.compare.report.vote_statistics import VoteFindings
 
 
@@ -99,6 +104,8 @@ class ComparisonResult:
     """Folder of a run that failed or is not finished -> reason."""
     curves: CurveFindings | None = None
     """Of a comparison whose rows are points of curves over a budget."""
+    looks: tuple[int, ...] = ()
+    """Numbers of seeds of the reports that a comparison has had, this one last."""
     votes: VoteFindings | None = None
     """On answers of the models side by side, where `votes=` names files of them."""
 
@@ -226,6 +233,7 @@ def analyze_runs(
     tasks, task_remarks = compare_tasks(arms, tested)
     curves = analyze_curves(plan, names, statistics, pairs, kinds) if plan else None
     notes = [*(curve_sentences.family_sentences(curves) if curves else []), *notes]
+    spreads = {row.name: row.accuracy_std for row in rows}
     groups = group_questions(names, kinds, statistics, tested)
     scores = [
         RowScore(row.name, row.accuracy, row.interval_low, row.mean_result("blank_accuracy"))
@@ -245,12 +253,19 @@ def analyze_runs(
         task_remarks=task_remarks,
         warnings=[
             *comparison_warnings(arms, seeds, questions, failed, compared_groups(arms, plan)),
+            *filter(None, [unequal_spreads_warning(spreads, len(questions))]),
             *floor_and_ceiling_warnings(
                 scores,
                 [(group.name, [one for one, *_ in group.row_accuracies]) for group in groups],
             ),
         ],
-        notes=[*_frozen_encoder_note(arms), *notes],
+        notes=[
+            *_frozen_encoder_note(arms),
+            *notes,
+            *_rough_figures_note(
+                [pairs, *(one.pairs for one in groups), *(one.pairs for one in tasks)]
+            ),
+        ],
         failed=failed,
         curves=curves,
     )
@@ -261,6 +276,12 @@ def _frozen_encoder_note(arms: Sequence[ComparisonArm]) -> list[str]:
     keys = [key for arm in arms for key, value in arm.runs[0].recipe.items() if value is not None]
     is_trained = any(key.startswith("stages.") and ".train.vision" in key for key in keys)
     return [] if is_trained else ["The vision encoder is frozen in every stage of every row."]
+
+
+def _rough_figures_note(tables: Sequence[Sequence[RowPair]]) -> list[str]:
+    """Return a sentence if the detectable difference in any table is one of few pictures."""
+    pictures = [pairs[0].difference.uncertainty.question_count for pairs in tables if pairs]
+    return [ROUGH_FIGURES] if min(pictures, default=FEW_PICTURES) < FEW_PICTURES else []
 
 
 def _describe_design(statistics: RowStatistics, pair_count: int) -> str:

@@ -1,7 +1,8 @@
 """Which seeds and questions all rows have: what can be paired.
 
 A question is known by its id. Where data were changed, or rows have other data, one id may stand
-for another question: its true answer or its picture tells. Such questions are never paired.
+for another question: its true answer, its text or its picture tells. Such questions are never
+paired.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def common_seeds_and_questions(arms: Sequence[ComparisonArm]) -> tuple[list[int]
     if len(unlike) == len(common):
         raise UserError(
             "no question was asked of all rows, so nothing can be paired: under the same ids "
-            f"their true answers or pictures differ, as of {common[0]}"
+            f"their true answers, texts or pictures differ, as of {common[0]}"
         )
     return sorted(seeds), [name for name in common if name not in unlike]
 
@@ -54,15 +55,16 @@ def _describe_asked(run: FinishedRun) -> str:
 
 
 def unlike_questions(runs: Sequence[FinishedRun]) -> list[str]:
-    """Return the ids of questions of all runs whose true answer or picture differs from run to run.
+    """Return the ids that do not stand for the same question in all runs: others are paired.
 
-    Runs of old versions do not tell these. Of a picture's path the name counts, as data may move.
+    The true answer tells it, and the checksum of text and pictures. Where runs of old versions have
+    none, the file name of the picture does: of its path no more counts, as data may move.
     """
-    return [
-        name
-        for name in _asked_of_all(runs)
-        if any(_differs(runs, name, tell) for tell in (_true_answer, _picture_name))
-    ]
+    names = _asked_of_all(runs)
+    tells = [_true_answer, _checksum]
+    if not all(name in run.checksums for run in runs for name in names):
+        tells.append(_picture_name)
+    return [name for name in names if any(_differs(runs, name, tell) for tell in tells)]
 
 
 def _asked_of_all(runs: Sequence[FinishedRun]) -> list[str]:
@@ -80,6 +82,10 @@ def _differs(
 
 def _true_answer(run: FinishedRun, name: str) -> str:
     return run.answers_and_truths[name][1]
+
+
+def _checksum(run: FinishedRun, name: str) -> str:
+    return run.checksums.get(name, "")
 
 
 def _picture_name(run: FinishedRun, name: str) -> str:

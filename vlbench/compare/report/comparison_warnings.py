@@ -13,7 +13,7 @@ from vlbench.compare.report.finished_runs import (
     ComparisonArm,
     FinishedRun,
 )
-from vlbench.compare.report.row_pairs import format_count
+from vlbench.compare.report.row_pairs import format_count, join_names
 from vlbench.compare.report.training_budgets import still_improving_warning, training_warnings
 
 
@@ -72,7 +72,20 @@ def _dropped_seeds_warning(arms: Sequence[ComparisonArm], seeds: Sequence[int]) 
     ]
     if not dropped:
         return ""
-    return f"Left out, because not every row has the seed: {', '.join(dropped)}."
+    fewest = min(len(arm.seeds) for arm in arms)
+    lacking = [arm.name for arm in arms if len(arm.seeds) == fewest]
+    without = (
+        f" Without {join_names(lacking, 'and')} ({format_count(fewest, 'seed')}), more could be "
+        "compared."
+        if len(lacking) < len(arms) - 1 and len(_seeds_without(arms, lacking)) > len(seeds)
+        else ""
+    )
+    return f"Left out, because not every row has the seed: {', '.join(dropped)}.{without}"
+
+
+def _seeds_without(arms: Sequence[ComparisonArm], names: Sequence[str]) -> set[int]:
+    """Return the seeds that all but some arms have."""
+    return set.intersection(*(set(arm.seeds) for arm in arms if arm.name not in names))
 
 
 def _budget_warning(compared: Sequence[Sequence[ComparisonArm]]) -> str:
@@ -114,7 +127,7 @@ def _unlike_warning(count: int) -> str:
     are, their = ("is", "its") if count == 1 else ("are", "their")
     return (
         f"{format_count(count, 'question')} {are} left out, as under the same id {their} true "
-        "answer or picture differs from run to run: the runs were not asked the same."
+        "answer, text or picture differs from run to run: the runs were not asked the same."
     )
 
 

@@ -9,6 +9,9 @@ from vlbench.compare.report.curve_plan import CurvePlan, row_folder_name
 from vlbench.compare.report.finished_runs import ComparisonArm, FinishedRun
 from vlbench.compare.report.row_groups import differing_keys, group_into_arms
 from vlbench.errors import UserError
+from vlbench.text_tables import list_some
+
+MAX_NAMED = 3  # runs in a sentence
 
 
 def arms_of_points(
@@ -34,10 +37,10 @@ def arms_of_points(
 def left_out_note(runs: Sequence[FinishedRun], plan: CurvePlan) -> list[str]:
     """Return a sentence on runs of the comparison that are points of no curve, [] without any."""
     rows = {point.row for point in plan.points}
-    others = [run.folder for run in runs if row_folder_name(run.folder) not in rows]
+    others = [str(run.folder) for run in runs if row_folder_name(run.folder) not in rows]
     if not others:
         return []
-    named = ", ".join(map(str, others[:3])) + (" and others" if len(others) > 3 else "")
+    named = list_some(others, MAX_NAMED)
     return [f"Left out, because they are points of none of the curves: {named}."]
 
 

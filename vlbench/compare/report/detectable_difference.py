@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 from scipy import stats
 from scipy.optimize import brentq
-from scipy.special import gammaln
+from scipy.special import gammaln, stdtrit
 
 from vlbench.compare.report.proportion_interval import FEW_DISCORDANT
 from vlbench.compare.report.seed_variance import (
@@ -28,6 +29,15 @@ PLANNED_SEEDS = (3, 5, 10)  # numbers of seeds for which a plan says what they w
 STATISTICAL_POWER = 0.8  # probability of finding the smallest detectable difference
 MAX_CRITICAL = 10.0  # a difference that has to be larger, from 0 to 1, is not found
 UNDETECTABLE = 1.0  # in place of a difference where not even the largest one is found so often
+FEW_PICTURES = 40
+ROUGH_FIGURES = (
+    f"A smallest detectable difference with fewer than {FEW_PICTURES} pictures is a rough figure "
+    "('about'): in simulated comparisons such a difference was found in 47 to 91 of 100 cases "
+    "instead of 80, least often where nearly all answers are right."
+)
+"""Of benchmarks/simulated_comparison.md, cells of 10 and 30 questions, and of 8 to 20 questions."""
+KEPT_DIGITS = 3
+"""Of degrees of freedom: noncentralities of those that agree in so many differ by less than 1 %."""
 
 
 @dataclass(frozen=True)
@@ -58,18 +68,13 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     """
     degrees = pair.degrees_of_freedom
     level = SIGNIFICANCE_LEVEL / (2 * pair.pair_count)
-    by_sign_test = _found_by_sign_test(pair, level)
-    critical = float(stats.t.isf(level, degrees))
+    by_sign_test = _found_by_sign_test(pair.question_count, pair.seed_count, level)
+    critical = float(stdtrit(degrees, 1 - level))
     # of so large numbers, at few degrees of freedom, the distribution takes seconds, with warnings
     if by_sign_test == UNDETECTABLE or critical * pair.standard_error > MAX_CRITICAL:
         return UNDETECTABLE
 
-    def missing_power(noncentrality: float) -> float:
-        # scipy 1.13 warns of steps within its algorithm; brentq refuses a result that is NaN
-        with np.errstate(divide="ignore", invalid="ignore"):
-            return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
-
-    noncentrality = float(brentq(missing_power, 0.0, 10 * critical + 10))
+    noncentrality = _needed_noncentrality(level, float(f"{degrees:.{KEPT_DIGITS}g}"))
     shrinkage = math.sqrt(2 / degrees) * math.exp(gammaln((degrees + 1) / 2) - gammaln(degrees / 2))
     step = noncentrality * pair.standard_error / shrinkage
 
@@ -80,7 +85,21 @@ def smallest_detectable(pair: PairUncertainty) -> float:
     return max(by_t, by_sign_test)
 
 
-def _found_by_sign_test(pair: PairUncertainty, level: float) -> float:
+@lru_cache(maxsize=100_000)  # many pairs of a large comparison are alike
+def _needed_noncentrality(level: float, degrees: float) -> float:
+    """Return the noncentrality of t that is found at a one-sided level so often."""
+    critical = float(stats.t.isf(level, degrees))
+
+    def missing_power(noncentrality: float) -> float:
+        # scipy 1.13 warns of steps within its algorithm; brentq refuses a result that is NaN
+        with np.errstate(divide="ignore", invalid="ignore"):
+            return float(stats.nct.sf(critical, degrees, noncentrality)) - STATISTICAL_POWER
+
+    return float(brentq(missing_power, 0.0, 10 * critical + 10))
+
+
+@lru_cache(maxsize=1000)
+def _found_by_sign_test(question_count: int, seed_count: int, level: float) -> float:
     """Return the smallest difference that the exact sign test finds so often, or `UNDETECTABLE`.
 
     `level` is that of one side. So many clusters without a loss as make it significant have to be
@@ -88,12 +107,12 @@ def _found_by_sign_test(pair: PairUncertainty, level: float) -> float:
     apart is taken to be in every seed, and the rest to be any seed's own, of which one is enough.
     """
     needed = min(math.ceil(-math.log2(level)), FEW_DISCORDANT)
-    if needed > pair.question_count:
+    if needed > question_count:
         return UNDETECTABLE
-    won = float(stats.beta.ppf(STATISTICAL_POWER, needed, pair.question_count - needed + 1))
+    won = float(stats.beta.ppf(STATISTICAL_POWER, needed, question_count - needed + 1))
 
     def surplus(difference: float) -> float:
-        return (difference + 1 - (1 - difference) ** pair.seed_count) / 2 - won
+        return (difference + 1 - (1 - difference) ** seed_count) / 2 - won
 
     return float(brentq(surplus, 0.0, 1.0))
 
@@ -108,9 +127,10 @@ def _variance_ratio(pair: PairUncertainty, difference: float) -> float:
     middle = min(max(pair.accuracy, edge), 1 - edge)
     near = min(difference / 2, min(middle, 1 - middle) / 2)
     up = near if middle > 0.5 else difference - near
-    ends = np.array([min(middle + up, 1.0), max(middle - difference + up, 0.0)])
-    relative = ends * (1 - ends) / (middle * (1 - middle))
-    of_seeds, of_answers = float((relative**SEED_EXPONENT).mean()), float(relative.mean())
+    ends = (min(middle + up, 1.0), max(middle - difference + up, 0.0))
+    relative = [end * (1 - end) / (middle * (1 - middle)) for end in ends]
+    of_seeds: float = sum(one**SEED_EXPONENT for one in relative) / 2
+    of_answers = sum(relative) / 2
     return pair.seed_share * of_seeds + (1 - pair.seed_share) * of_answers
 
 
@@ -162,12 +182,16 @@ class PlannedDesign:
 
 def describe_detectable(design: PlannedDesign, seed_counts: Sequence[int] = PLANNED_SEEDS) -> str:
     """Return the smallest detectable differences as words: "3.1 points with 3 seeds, ..."."""
+    pictures = design.question_count
     return ", ".join(
-        f"{describe_points(design.detectable_with(count))} with {count} seeds"
+        f"{describe_points(design.detectable_with(count), pictures)} with {count} seeds"
         for count in seed_counts
     )
 
 
-def describe_points(difference: float) -> str:
-    """Return a detectable difference as "3.1 points", or "none"."""
-    return "none" if difference >= UNDETECTABLE else f"{100 * difference:.1f} points"
+def describe_points(difference: float, picture_count: int) -> str:
+    """Return a detectable difference as "3.1 points", "about 31 points" for few, or "none"."""
+    if difference >= UNDETECTABLE:
+        return "none"
+    points = 100 * difference
+    return f"about {points:.0f} points" if picture_count < FEW_PICTURES else f"{points:.1f} points"

@@ -60,6 +60,8 @@ class FinishedRun:
     """Versions of libraries, of initial weights and of the code (`commit`)."""
     contents: dict[str, str] = field(default_factory=dict)
     """Path of data, or `connector.name` -> checksum of what it held when the run began."""
+    checksums: dict[str, str] = field(default_factory=dict)
+    """Question id -> checksum of its text and pictures; runs of old versions have none."""
 
     @property
     def seed(self) -> int:
@@ -77,6 +79,7 @@ class AnswerLine(FileRecord):
     answer: str = ""
     truth: str = ""
     picture: str | None = None
+    checksum: str = ""
 
 
 def load_finished_run(folder: Path) -> FinishedRun:
@@ -87,41 +90,44 @@ def load_finished_run(folder: Path) -> FinishedRun:
                 "is not finished" if (folder / "recipe.yaml").is_file() else "is no run folder"
             )
             raise UserError(f"{folder} {problem}: it has no {name}")
-    correct, types_and_languages, answers_and_truths, clusters = {}, {}, {}, {}
-    families: dict[str, str] = {}
-    for number, line in enumerate(
-        split_lines(read_text(folder / "answers.jsonl", MAX_RECORDS_BYTES)), 1
-    ):
-        try:
-            answer = parse_json(line)
-            if answer["set"] == COMPARED_SET:
-                name = str(answer["id"])
-                if name in correct:  # several questions may have the same id
-                    name = f"{name}#{number}"
-                check_record(answer, AnswerLine, folder / f"answers.jsonl, line {number}")
-                correct[name] = answer["correct"]
-                types_and_languages[name] = (answer["type"], answer["language"])
-                families[name] = str(answer.get("family") or "")
-                answers_and_truths[name] = (answer.get("answer", ""), answer.get("truth", ""))
-                clusters[name] = answer.get("picture") or conversation_of(answer["id"])
-        except (ValueError, KeyError, TypeError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder / 'answers.jsonl'}, line {number}: is no answer") from error
+    answers = _read_answers(folder / "answers.jsonl")
     recipe = load_flat_recipe(folder)
     results = read_results(folder / "results.json")
     return FinishedRun(
         folder=folder,
         recipe=recipe,
         results=results,
-        correct=correct,
-        types_and_languages=types_and_languages,
-        families=families,
-        answers_and_truths=answers_and_truths,
-        clusters=clusters,
+        correct={name: one["correct"] for name, one in answers.items()},
+        types_and_languages={name: (one["type"], one["language"]) for name, one in answers.items()},
+        families={name: str(one.get("family") or "") for name, one in answers.items()},
+        answers_and_truths={
+            name: (one.get("answer", ""), one.get("truth", "")) for name, one in answers.items()
+        },
+        clusters={
+            name: one.get("picture") or conversation_of(one["id"]) for name, one in answers.items()
+        },
         versions=_load_versions(folder, results),
         contents=_load_contents(folder, recipe),
+        checksums={name: one["checksum"] for name, one in answers.items() if one.get("checksum")},
     )
+
+
+def _read_answers(file: Path) -> dict[str, dict[str, Any]]:
+    """Return question id -> its line in answers.jsonl, of the compared set."""
+    answers: dict[str, dict[str, Any]] = {}
+    for number, line in enumerate(split_lines(read_text(file, MAX_RECORDS_BYTES)), 1):
+        try:
+            answer = parse_json(line)
+            if answer["set"] == COMPARED_SET:
+                name = str(answer["id"])
+                if name in answers:  # several questions may have the same id
+                    name = f"{name}#{number}"
+                answers[name] = check_record(answer, AnswerLine, Path(f"{file}, line {number}"))
+        except (ValueError, KeyError, TypeError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{file}, line {number}: is no answer") from error
+    return answers
 
 
 def conversation_of(question_id: str) -> str:

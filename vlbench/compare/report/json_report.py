@@ -9,6 +9,7 @@ from typing import Any
 from vlbench.compare.report.analysis import ComparisonResult, RowResult
 from vlbench.compare.report.curve_record import curves_record
 from vlbench.compare.report.detectable_difference import UNDETECTABLE
+from vlbench.compare.report.earlier_reports import LOOKS_KEY
 from vlbench.compare.report.information_loss import (
     LOSSES,
     InformationLoss,
@@ -34,6 +35,7 @@ def render_json(findings: ComparisonResult) -> str:
         "verdict": findings.verdict_sentence,
         "asked_of": findings.asked_of,
         "seeds": findings.seeds,
+        LOOKS_KEY: findings.looks or [len(findings.seeds)],
         "questions": len(findings.question_ids),
         "pictures": findings.cluster_count,
         "recipe_differences": {

@@ -84,5 +84,8 @@ def detectable_text(pairs: Sequence[RowPair]) -> str:
 
     Where one of them could not show any difference, it is "none".
     """
-    largest = max((pair.difference.smallest_detectable for pair in pairs), default=None)
-    return "" if largest is None else describe_points(largest).removesuffix(" points")
+    if not pairs:
+        return ""
+    largest = max(pair.difference.smallest_detectable for pair in pairs)
+    pictures = pairs[0].difference.uncertainty.question_count
+    return describe_points(largest, pictures).removesuffix(" points")

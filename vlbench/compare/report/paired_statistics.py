@@ -97,6 +97,10 @@ class RowStatistics:
         self.accuracies = self.correct.mean(axis=(1, 2))
         values = cluster_values(self.correct, clusters)
         self._between, self._noise = _mean_products(values)
+        self._right = sum_clusters(self.correct.sum(axis=1), clusters)
+        """Right answers of each row about each cluster `[rows, clusters]`, over seeds."""
+        self._clusters_known = max(1.0, effective_clusters(clusters) - 1)
+        """Degrees of freedom of what comes from clusters."""
         self._one_answer = 1 / (self.cluster_count * self.question_count * self.seed_count)
         """Variance of a mean that moves in steps of one answer, and is known to one at best: what
         adding half an answer to each cell of a paired table does (Agresti and Min 2005,
@@ -136,10 +140,11 @@ class RowStatistics:
 
         These may be any weights.
         """
-        clusters_known = max(1.0, effective_clusters(self.clusters) - 1)
         between = float(signs @ self._between @ signs)
         if self.seed_count == 1:
-            return UncertainVariance(between / self.cluster_count + extra, clusters_known, 0.0)
+            return UncertainVariance(
+                between / self.cluster_count + extra, self._clusters_known, 0.0
+            )
         cells = self.seed_count * self.cluster_count
         # the expectation of the mean square of clusters has that of the residual in it
         known = max(0.0, between - float(signs @ self._noise @ signs)) / cells + extra
@@ -149,7 +154,7 @@ class RowStatistics:
         else:
             found = self._seed_variances.variance_of_contrast(signs, known)
         share = 1 - found.seed_share
-        degrees = 1 / (1 / found.degrees_of_freedom + share**2 / clusters_known)
+        degrees = 1 / (1 / found.degrees_of_freedom + share**2 / self._clusters_known)
         return replace(found, degrees_of_freedom=max(1.0, degrees))
 
     def accuracy_interval(self, row: int) -> tuple[float, float, float]:
@@ -178,14 +183,14 @@ class RowStatistics:
         Where few clusters differ at all, p is at least that of the exact sign test. `pair_count`
         is the number of pairs over which p is going to be corrected; by default all pairs of rows.
         """
-        signs = np.eye(self.row_count)[first] - np.eye(self.row_count)[second]
+        signs = np.zeros(self.row_count)
+        signs[[first, second]] = 1, -1
         mean = float(self.accuracies[first] - self.accuracies[second])
         found = self._variance_of_mean(signs, self._one_answer)
         error, degrees = math.sqrt(found.variance), found.degrees_of_freedom
         quantile = float(stdtrit(degrees, (1 + CONFIDENCE_LEVEL) / 2))
         p_value = float(2 * stdtr(degrees, -abs(mean) / error))
-        wins = (self.correct[first] - self.correct[second]).sum(axis=0)
-        wins = sum_clusters(wins, self.clusters)
+        wins = self._right[first] - self._right[second]
         wins[np.abs(wins) < ROUNDING] = 0
         if proportion_interval.discordant_count(wins) < proportion_interval.FEW_DISCORDANT:
             p_value = max(p_value, proportion_interval.sign_test(wins))

@@ -56,7 +56,10 @@ class RowPair:
 
     def full_sentence(self) -> str:
         """Return the short sentence with the smallest detectable difference."""
-        smallest = describe_points(self.difference.smallest_detectable)
+        difference = self.difference
+        smallest = describe_points(
+            difference.smallest_detectable, difference.uncertainty.question_count
+        )
         return f"{self.short_sentence()} Smallest detectable difference of this design: {smallest}."
 
 

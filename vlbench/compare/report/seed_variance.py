@@ -38,7 +38,7 @@ LEVEL_WEIGHTS = np.where(LEVELS == 0, 4.0, 1.0)
 ROW_SPREADS = np.array([0.7, 1.4, 2.1])
 """Standard deviations of log x over rows, equally likely: factors of 2, 4 and 8 in variance."""
 TRIGAMMA_ARGUMENTS = np.geomspace(0.5, 5e6, 500)
-TRIGAMMA_VALUES = polygamma(1, TRIGAMMA_ARGUMENTS)
+LOG_ARGUMENTS, LOG_VALUES = np.log(TRIGAMMA_ARGUMENTS), np.log(polygamma(1, TRIGAMMA_ARGUMENTS))
 VARIANCE_INFLATION = 1.35
 """Factor of the variance of seeds: their effect on accuracy is skewed where it is large, for which
 the tails of t are slightly short."""
@@ -78,11 +78,12 @@ class SeedVariances:
         total: Floats = self.noise[:, None, None, None] * (1 + level)
         return total
 
-    def _variances_of_mean(self, row: int) -> Floats:
-        """Return variances of a row's mean `[levels, spreads, nodes]`, with the inflation."""
-        of_seeds = self._totals[row] - self.noise[row]
+    @cached_property
+    def _variances_of_mean(self) -> Floats:
+        """Variances of rows' means `[rows, levels, spreads, nodes]`, with the inflation."""
+        noise = self.noise[:, None, None, None]
         cells = self.seed_count * self.cluster_count
-        variances: Floats = (self.noise[row] + VARIANCE_INFLATION * of_seeds) / cells
+        variances: Floats = (noise + VARIANCE_INFLATION * (self._totals - noise)) / cells
         return variances
 
     @cached_property
@@ -105,9 +106,9 @@ class SeedVariances:
         seeds alone decide, this is the usual t test with the rows' degrees of freedom together.
         """
         nodes, joint = self._node_weights
-        totals, weights = self._variances_of_mean(rows[0]), nodes[rows[0]]
+        totals, weights = self._variances_of_mean[rows[0]], nodes[rows[0]]
         if len(rows) > 1:
-            totals = totals[..., :, None] + self._variances_of_mean(rows[1])[..., None, :]
+            totals = totals[..., :, None] + self._variances_of_mean[rows[1]][..., None, :]
             weights = weights[..., :, None] * nodes[rows[1]][..., None, :]
         logs = np.log(totals + known)
         weighted = weights * logs
@@ -121,7 +122,7 @@ class SeedVariances:
     def _row_moments(self) -> tuple[Floats, Floats]:
         """Mean and variance of rows' variances, each `[rows, levels, spreads]`."""
         nodes, _ = self._node_weights
-        totals = np.stack([self._variances_of_mean(row) for row in range(len(self.noise))])
+        totals = self._variances_of_mean
         means = (nodes * totals).sum(axis=3)
         spread = (nodes * (totals - means[..., None]) ** 2).sum(axis=3)
         return means, spread
@@ -157,5 +158,4 @@ def _match_student(log_mean: float, log_spread: float, noise: float) -> Uncertai
 
 def inverse_trigamma(value: float) -> float:
     """Return x with trigamma(x) = value, by interpolation; from 0.5 to 5 million."""
-    log_x = np.interp(-math.log(value), -np.log(TRIGAMMA_VALUES), np.log(TRIGAMMA_ARGUMENTS))
-    return math.exp(log_x)
+    return math.exp(np.interp(-math.log(value), -LOG_VALUES, LOG_ARGUMENTS))

@@ -17,6 +17,8 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator
 
+from vlbench.process_settings import ignore_thread_warnings
+
 # Okabe and Ito (2008), distinguishable with color blindness; without yellow, faint on white
 ROW_COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 ROW_MARKERS = "osD^vPX<"
@@ -112,7 +114,8 @@ def _make_narrow(figure: Figure) -> None:
 def svg_element(figure: Figure, svg_id: str, alt_text: str, css_class: str) -> Markup:
     """Return a figure as one <svg>; all ids in it begin with `svg_id`."""
     file = io.StringIO()
-    figure.savefig(file, format="svg", metadata=SVG_METADATA, transparent=True)
+    with ignore_thread_warnings():  # that matplotlib's font lacks Chinese: the browser's has it
+        figure.savefig(file, format="svg", metadata=SVG_METADATA, transparent=True)
     text = file.getvalue()
     head, _, body = text[text.index("<svg") :].partition(">")
     box = re.search(r'viewBox="[^"]*"', head)

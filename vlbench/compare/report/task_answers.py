@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from vlbench.compare.report.finished_runs import conversation_of
@@ -28,6 +28,9 @@ class TaskAnswers:
     """Question id -> what kind of question it is, by `question_kinds.KINDS`."""
     clusters: Mapping[str, str]
     """Question id -> its picture, or else its conversation."""
+    contents: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    """Question id -> true answer, and checksum of text and pictures, "" where not known: what tells
+    whether an id stands for the same question. Left out where `settings` tell it of all."""
     caution: str = ""
     """A sentence on what is not known of these answers."""
 
@@ -49,6 +52,11 @@ def conversation_answers(
         clusters={
             name: str(line.get("picture") or conversation_of(str(line["id"])))
             for name, line in named.items()
+        },
+        contents={
+            name: (str(line["truth"]), str(line.get("checksum", "")))
+            for name, line in named.items()
+            if "truth" in line  # of answers.jsonl
         },
     )
 

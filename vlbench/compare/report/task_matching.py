@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 from vlbench.compare.report.row_pairs import format_count, join_names
 from vlbench.compare.report.task_answers import LAST_CHECKPOINT, TaskAnswers
+from vlbench.text_tables import list_some
 
 MAX_NAMED_QUESTIONS = 3
 RunAnswers = Mapping[int, Sequence[TaskAnswers]]
@@ -79,16 +80,34 @@ def _match_variant(
     kept = {row: {seed: by_seed[seed] for seed in seeds} for row, by_seed in variant.items()}
     runs = [one for by_seed in kept.values() for one in by_seed.values()]
     common = set.intersection(*(set(one.scores) for one in runs))
+    unlike = {name for name in common if _is_unlike(runs, name)}
+    common -= unlike
     if not common:
         return None, f"{title} is not compared: no question was put to every run."
     remarks = [
         *_describe_missing_rows(variant, others, all_rows),
         *_describe_dropped_seeds(variant, seeds),
-        *_describe_left_out(kept, common),
+        *_describe_left_out(kept, common | unlike),
+        *_describe_unlike(len(unlike)),
         *dict.fromkeys(one.caution for one in runs if one.caution),
     ]
     questions = [name for name in runs[0].scores if name in common]
     return MatchedTask(title, settings, kept, seeds, questions, remarks), ""
+
+
+def _is_unlike(runs: Sequence[TaskAnswers], name: str) -> bool:
+    """Tell whether runs that know the content of a question know different ones."""
+    contents = [one.contents[name] for one in runs if name in one.contents]
+    return any(len({*filter(None, values)}) > 1 for values in zip(*contents, strict=True))
+
+
+def _describe_unlike(count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{format_count(count, 'question')} left out: under the same id the true answer, text or "
+        "picture differs from run to run."
+    ]
 
 
 def _settings_of(variant: VariantRows) -> Mapping[str, str]:
@@ -171,10 +190,9 @@ def _describe_left_out(kept: VariantRows, common: set[str]) -> list[str]:
         row: sum(any(name not in one.scores for one in by_seed.values()) for name in left_out)
         for row, by_seed in kept.items()
     }
-    named = ", ".join(left_out[:MAX_NAMED_QUESTIONS])
-    more = ", ..." if len(left_out) > MAX_NAMED_QUESTIONS else ""
+    named = list_some(left_out, MAX_NAMED_QUESTIONS)
     told = ", ".join(f"{count} of {row}" for row, count in lacking.items() if count)
     return [
         f"{format_count(len(left_out), 'question')} not put to every run "
-        f"{'is' if len(left_out) == 1 else 'are'} left out ({named}{more}); not asked: {told}."
+        f"{'is' if len(left_out) == 1 else 'are'} left out ({named}); not asked: {told}."
     ]

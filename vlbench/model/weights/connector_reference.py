@@ -24,6 +24,7 @@ from vlbench.model.weights.tensor_files import (
 )
 from vlbench.model.weights.tensor_groups import summarize_tensor_names
 from vlbench.state_dicts import WeightMismatch
+from vlbench.text_tables import list_some
 
 PEFT_PREFIX = "base_model.model."
 WRAPPER_PREFIXES = ("module.", "_forward_module.", "_orig_mod.", PEFT_PREFIX)
@@ -122,8 +123,7 @@ def summarize_loading(
     text = f"{len(loaded_names)} tensors"
     missing = sorted(set(expected_names) - set(loaded_names))
     if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 4 else ""
-        text += f"; not in it, so as it began: {', '.join(missing[: 3 if more else 4])}{more}"
+        text += f"; not in it, so as it began: {list_some(missing, 3)}"
     text += f"; left out: {weights.summarize_unused()}" if weights.summarize_unused() else ""
     if weights.trained_with_lora:  # LLaVA's non_lora_trainables.bin
         text += "; trained beside LoRA adapters, which are not in it"
