@@ -283,7 +283,7 @@ VERBS = {
     "graft": VerbEntry(
         "say whether a vision encoder, a connector and a language model fit; write their recipe",
         run_graft,
-        "vision=ViT-L-14 language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
+        "vision=ViT-L-14-quickgelu language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
         takes_recipe_keys=True,
     ),
     "pack": VerbEntry(
