@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from golden_release import CHECKPOINT
 from PIL import Image
 from random_vlm import small_vlm
 
@@ -23,6 +24,7 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.evaluate.run_results import pick_examples
+from vlbench.train.resume import inherited_keys
 
 PLAIN = ImageTransform(16, 16, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
 TURNED = dataclasses.replace(PLAIN, exif=True)
@@ -100,6 +102,20 @@ def test_people_are_shown_a_picture_as_the_model_is(tmp_path):
     assert vlm.ask(turned.path, "What?", max_new_tokens=1).images[0].size == (20, 10)
     vlm.processor = vlm.processor.with_decoding(draft=False, exif=True)
     assert vlm.ask(turned.path, "What?", max_new_tokens=1).images[0].size == (10, 20)
+
+
+def test_training_goes_on_with_photographs_as_they_were_turned(tmp_path):
+    own = tmp_path / "own"
+    assert main(["export", f"model={CHECKPOINT}", f"out={own}", "format=vlbench"]) == 0
+    text = (own / "recipe.yaml").read_text()
+    (own / "recipe.yaml").write_text(
+        text.replace("exif: ignore", "exif: apply").replace("decode: exact", "decode: draft")
+    )
+    words = ["recipe=yivl_llava", f"init={own}", "stages.chat.data.train=scenes"]
+    inherited = inherited_keys(load_recipe(words).model, None)
+    recipe = load_recipe(words, inherited)
+    assert (recipe.data.exif, recipe.data.decode) == ("apply", "draft")
+    assert load_recipe([*words, "data.exif=ignore"], inherited).data.exif == "ignore"
 
 
 def test_the_report_shows_a_picture_as_the_model_saw_it(tmp_path):

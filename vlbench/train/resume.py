@@ -123,7 +123,11 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
             vision["max_visual_tokens"] = init_recipe.vision.max_visual_tokens
         if init_recipe.vision.aspect != "square":
             vision["aspect"] = init_recipe.vision.aspect
-        return {"vision": vision, "language": {"template": init_recipe.language.template}}
+        return {
+            "vision": vision,
+            "language": {"template": init_recipe.language.template},
+            "data": {key: getattr(init_recipe.data, key) for key in ("decode", "exif")},
+        }
     folder = fetch_hub_folder(
         str(source),
         "init",
