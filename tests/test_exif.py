@@ -123,7 +123,7 @@ def test_the_report_shows_a_picture_as_the_model_saw_it(tmp_path):
     turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
     record = {"id": "1", "image": "a.jpg", "conversations": turns}
     (tmp_path / "a.json").write_text(json.dumps([record]))
-    for exif, shape in (("ignore", (160, 80)), ("apply", (80, 160))):
+    for exif, shape in (("ignore", (20, 10)), ("apply", (10, 20))):
         words = [f"data.train={tmp_path / 'a.json'}", f"data.exif={exif}"]
         recipe = load_recipe(["recipe=yivl_llava", "only=chat", *words])
         (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))

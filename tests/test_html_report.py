@@ -196,11 +196,11 @@ def test_a_map_lies_where_the_model_saw_the_picture(tmp_path):
     told["maps"][0]["box"] = [-0.5, 0, 1.5, 0.75]
     file.write_text(json.dumps(told))
     written = render_html(analyze_runs([load_finished_run(folder)]))
-    assert written.count('<image x="-80" y="0" width="320" height="120"') == 2  # and attention
+    assert written.count('<image x="-56" y="0" width="224" height="84"') == 2  # and attention
     told["maps"][0].pop("box")
     file.write_text(json.dumps(told))
     written = render_html(analyze_runs([load_finished_run(folder)]))
-    assert written.count('<image x="0" y="0" width="160" height="160"') >= 2
+    assert written.count('<image x="0" y="0" width="112" height="112"') >= 2
     assert place_map(None, 160, 80) == {"x": "0", "y": "-40", "width": "160", "height": "160"}
     assert place_map([0, 0, 1, 1], 50, 160) == {"x": "0", "y": "0", "width": "50", "height": "160"}
 

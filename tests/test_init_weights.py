@@ -201,6 +201,21 @@ def test_a_part_that_init_brings_cannot_be_chosen_as_well(word, tmp_path, monkey
     assert not Path("run").exists()
 
 
+def test_a_recipe_that_names_its_encoder_goes_on_from_its_own_run(tmp_path, monkeypatch, capsys):
+    """As those that graft writes do, and the command in a model card."""
+    monkeypatch.chdir(tmp_path)
+    own = ["recipe=yivl_eva_tower", *FIT[2:]]
+    assert main(["fit", *own, "stages.chat.steps=0", "run=first"]) == 0
+    capsys.readouterr()
+    for words in ([], ["vision.name=eva"], ["vision.name=tiny_eva", "language.weights=embedded"]):
+        assert main(["show", *own, "init=first", *words]) == 0
+        assert "name: tiny_eva" in capsys.readouterr().out
+    for words in (["vision.name=tiny"], ["language.weights=random"]):
+        assert main(["show", *own, "init=first", *words]) == 2
+        assert "brings its own" in capsys.readouterr().err
+    assert main(["show", "recipe=yivl_llava", "init=first"]) == 0
+
+
 def test_a_part_that_the_origin_never_trained_is_the_origins(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     frozen = ["vision.weights=random", "seed=3", "stages.chat.train.vision=null"]
