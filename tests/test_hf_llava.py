@@ -82,7 +82,7 @@ def test_what_the_card_says_gives_the_models_pixels(mode, tmp_path, monkeypatch)
     vlm = vlbench.load(source, dtype="float32", device="cpu")
     said: dict[str, Any] = {}
     lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
-    exec("\n".join(lines).replace("256", "4"), said)
+    exec("\n".join(lines).replace("max_new_tokens=256", "max_new_tokens=4"), said)
     assert torch.equal(said["inputs"]["pixel_values"], vlm.prepare(chat).pixels)
 
 

@@ -142,8 +142,8 @@ def _keys_of_run(file: Path) -> dict[str, Any]:
         vision["aspect"] = recipe.vision.aspect
     # what has an init itself has its parts, and not those that its recipe names
     if recipe.init is None and not (file.parent / RELEASE_FOLDER).is_dir():
-        for part, keys in ((recipe.vision, vision), (recipe.language, language)):
-            keys |= {"name": part.name, "weights": part.weights}
+        vision |= {"name": recipe.vision.name, "weights": recipe.vision.weights}
+        language |= {"name": recipe.language.name, "weights": recipe.language.weights}
     data = {key: getattr(recipe.data, key) for key in ("decode", "exif")}
     return {"vision": vision, "language": language, "data": data}
 
