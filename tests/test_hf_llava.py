@@ -76,8 +76,8 @@ def test_what_the_card_says_gives_the_models_pixels(mode, tmp_path, monkeypatch)
     chat = asked(3, "What is it?")
     image = chat[0]["content"][0]["image"].convert("RGBA")
     image.putalpha(Image.linear_gradient("L").resize(image.size))
-    palette = {"transparency": 3} if mode == "P" else {}
-    (image.convert("RGB") if mode == "P" else image).convert(mode).save("image.png", **palette)
+    saved = (image.convert("RGB") if mode == "P" else image).convert(mode)
+    saved.save("image.png", **({"transparency": saved.getpixel((9, 9))} if mode == "P" else {}))
     chat[0]["content"][0]["image"] = "image.png"
     vlm = vlbench.load(source, dtype="float32", device="cpu")
     said: dict[str, Any] = {}
