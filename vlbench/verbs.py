@@ -223,9 +223,9 @@ def resolve_recipe(words: list[str]) -> Recipe:
     if not recipe.init:
         return recipe
     with pause_garbage_collection():
-        from vlbench.train.resume import inherited_keys  # it imports torch
+        from vlbench.train.resume import load_recipe_with_init  # it imports torch
 
-    return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
+    return load_recipe_with_init(words)
 
 
 def recipe_key_names() -> Collection[str]:

@@ -14,6 +14,7 @@ from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig
+from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
@@ -95,6 +96,14 @@ def load_checkpoint(
     vlm.processor = vlm.processor.with_decoding(config.draft_decoding, config.apply_exif)
     vlm.weight_origins = read_origins(folder / ORIGINS_FILE)
     return vlm
+
+
+def load_recipe_with_init(words: list[str]) -> Recipe:
+    """Return the recipe that `words` describe; what it leaves open is as in its `init`."""
+    recipe = recipes.load_recipe(words)
+    if not recipe.init:
+        return recipe
+    return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
 
 
 def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:

@@ -10,17 +10,17 @@ import sys
 import time
 from collections.abc import Sequence
 
-from vlbench.config import recipe as recipes
 from vlbench.errors import EnvironmentFailure, UserError
 from vlbench.evaluate.askable_questions import split_askable
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
 from vlbench.evaluate.budget_card import unused_objectives
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
-from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.system_errors import explain_system_error
 from vlbench.train.dry_run import measure_stages
+from vlbench.train.fit import build_or_resume_model
 from vlbench.train.lightning_trainer import root_device
+from vlbench.train.resume import load_recipe_with_init
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_memory
@@ -34,10 +34,11 @@ def run_probe(overrides: list[str]) -> int:
     and `unused_objectives` of its connector, [] where it begins with given weights.
     """
     try:
-        recipe = recipes.load_recipe(overrides)
+        recipe = load_recipe_with_init(overrides)
         stage_runs = plan_stage_runs(recipe.selected_data, recipe.last_stage_data)
         stages = list(measure_stages(StageRunner.from_recipe(recipe), recipe.model, stage_runs))
-        vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
+        vlm, _ = build_or_resume_model(recipe.model, stage_runs, is_sharded=False)
+        vlm.set_image_size(recipe.last_stage_data.stage.image_size)
         _, *wanted = final_questions(recipe.last_stage_data, recipe.log.questions)
         questions, unseen = (split_askable(vlm.processor, some)[0] for some in wanted)
         each = time_question(vlm.to(root_device(recipe.trainer)), questions)
