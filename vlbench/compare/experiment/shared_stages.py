@@ -7,13 +7,13 @@ import shutil
 from typing import Any
 
 from vlbench.command_line.overrides import flatten_keys
-from vlbench.compare.experiment import grid as grids
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow
 from vlbench.compare.report.row_identity import STAGES_KEY, row_identity, stages_that_ran
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
 from vlbench.data.data_checksums import DATA_KEYS
 from vlbench.file_lock import LOCK_FILE, is_held_here
+from vlbench.train.resume import load_recipe_with_init
 from vlbench.train.run_folder import RunFolder, open_run
 
 
@@ -21,9 +21,9 @@ def find_shared_stages(
     grid: ComparisonGrid, row: GridRow, seed: int
 ) -> tuple[GridRow, list[str]] | None:
     """Return an earlier row whose first stages are the same with this seed, and their names."""
-    own = grids.load_recipe(row, seed)
+    own = load_recipe_with_init(row.overrides_for_seed(seed))
     for other in grid.rows[: grid.rows.index(row)]:
-        stages = common_stages(own, grids.load_recipe(other, seed))
+        stages = common_stages(own, load_recipe_with_init(other.overrides_for_seed(seed)))
         if stages:
             return other, stages
     return None
@@ -64,7 +64,8 @@ def copy_shared_stages(grid: ComparisonGrid, row: GridRow, seed: int) -> str:
     source = RunFolder(grid.run_folder(other, seed))
     if not source.is_finished or is_held_here(folder / LOCK_FILE):  # fit says by whom
         return ""
-    recipe = recipes.load_recipe([*row.overrides_for_seed(seed), f"run={folder}"])
+    # as `fit` resolves it: what it finds in the folder it does not look up in `init` again
+    recipe = load_recipe_with_init([*row.overrides_for_seed(seed), f"run={folder}"])
     with contextlib.ExitStack() as held_locks:
         run = open_run(recipe, held_locks)
         for number, name in enumerate(stages):
