@@ -55,13 +55,15 @@ def test_a_run_that_takes_over_stages_goes_on_as_its_init_was_trained(tmp_path, 
     source = make_plain_llava(tmp_path / "source")
     words = [f"model={source}", "out=own", "format=vlbench", "template=llava_v1"]
     assert main(["export", *words]) == 0
-    words = ["recipe=yivl_llava", "connector.norm=false", "init=own", "seeds=1", "run=c"]
-    grid = grids.parse_grid([*words, "grid=stages.chat.steps=2 | stages.chat.steps=3"])
+    words = ["recipe=yivl_llava", "connector.norm=false", "seeds=1", "run=c"]
+    rows = "grid=init=own + stages.chat.steps=2 | init=own + stages.chat.steps=3"
+    grid = grids.parse_grid([*words, rows])
     finish_first_run(grid)
     for row in grid.rows:
         copy_shared_stages(grid, row, 0)
         recipe = recipes.load_recipe_file(grid.run_folder(row, 0) / "recipe.yaml")
         assert recipe.language.template == "llava_v1"
     # the recipe's own template, which is not that of init
-    grid = grids.parse_grid([*words, "grid=stages.chat.steps=2 | language.template=yi_vl"])
+    rows = "grid=init=own + stages.chat.steps=2 | init=own + language.template=yi_vl"
+    grid = grids.parse_grid([*words, rows])
     assert find_shared_stages(grid, grid.rows[1], 0) is None
