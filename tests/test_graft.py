@@ -33,6 +33,7 @@ from vlbench.graft.part_table import parameter_lines
 from vlbench.graft.sight_trial import LAST_STEPS, sight_lines, trial_recipe
 from vlbench.graft.text_checks import choose_template, trip_conversations
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
+from vlbench.model.named_encoder import named_encoder_folder, resolve_encoder_config
 from vlbench.model.vision_config import resolve_vision_config
 from vlbench.planner.gpu_table import local_gpu
 from vlbench.planner.meta_model import build_meta_vlm
@@ -147,6 +148,19 @@ def test_a_names_own_weights_are_not_refused():
             )
         else:
             assert resolve_vision_config(name, recipe.vision.weights)
+
+
+def test_the_commands_of_the_pages_name_encoders_with_their_weights(tmp_path, monkeypatch):
+    pages = [ROOT / "README.md", ROOT / "docs/howto/graft.md"]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    commands = [line for line in lines if line.startswith("    python -m vlbench graft vision=")]
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        vision = parse_graft_options(shlex.split(command)[4:]).recipe.vision
+        assert resolve_encoder_config(
+            vision.name, vision.weights, named_encoder_folder(vision.name)
+        )
 
 
 def qwen_folder(folder: Path, template: str | None = None) -> list[str]:
