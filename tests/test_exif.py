@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
+from golden_release import CHECKPOINT
 from PIL import Image
+from random_vlm import small_vlm
 
 from vlbench.__main__ import main
-from vlbench.config.recipe import load_recipe
+from vlbench.compare.report.question_examples import QuestionThumbnails
+from vlbench.config.recipe import load_recipe, recipe_to_yaml
+from vlbench.connector import registry
 from vlbench.data.image_processing import ImageFile, ImageTransform
+from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import UserError
+from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
+from vlbench.evaluate.run_results import pick_examples
+from vlbench.train.resume import inherited_keys
 
 PLAIN = ImageTransform(16, 16, (0.5, 0.4, 0.3), (0.25, 0.25, 0.25))
 TURNED = dataclasses.replace(PLAIN, exif=True)
@@ -77,6 +88,50 @@ def test_broken_exif_is_one_line_or_nothing(tmp_path):
         TURNED.load_levels(image)
     except UserError as error:
         assert "EXIF cannot be read" in str(error) and "\n" not in str(error)
+
+
+def test_people_are_shown_a_picture_as_the_model_is(tmp_path):
+    """In a run's examples, in the report of runs, and beside an answer in a notebook."""
+    turned = photo(tmp_path / "a.jpg", 6)
+    sample = Sample("1", (ChatTurn("human", f"{IMAGE_PLACEHOLDER}What?"),), (turned,))
+    question = EvalQuestion(sample, "red", "", "en")
+    for exif, size in ((False, (20, 10)), (True, (10, 20))):
+        (example,) = pick_examples([question], ["blue"], 1, exif)
+        assert example.images[0].size == size
+    vlm = small_vlm(registry.load_connector("linear")).eval()
+    assert vlm.ask(turned.path, "What?", max_new_tokens=1).images[0].size == (20, 10)
+    vlm.processor = vlm.processor.with_decoding(draft=False, exif=True)
+    assert vlm.ask(turned.path, "What?", max_new_tokens=1).images[0].size == (10, 20)
+
+
+def test_training_goes_on_with_photographs_as_they_were_turned(tmp_path):
+    own = tmp_path / "own"
+    assert main(["export", f"model={CHECKPOINT}", f"out={own}", "format=vlbench"]) == 0
+    text = (own / "recipe.yaml").read_text()
+    (own / "recipe.yaml").write_text(
+        text.replace("exif: ignore", "exif: apply").replace("decode: exact", "decode: draft")
+    )
+    words = ["recipe=yivl_llava", f"init={own}", "stages.chat.data.train=scenes"]
+    inherited = inherited_keys(load_recipe(words).model, None)
+    recipe = load_recipe(words, inherited)
+    assert (recipe.data.exif, recipe.data.decode) == ("apply", "draft")
+    assert load_recipe([*words, "data.exif=ignore"], inherited).data.exif == "ignore"
+
+
+def test_the_report_shows_a_picture_as_the_model_saw_it(tmp_path):
+    photo(tmp_path / "a.jpg", 6)
+    turns = [{"from": "human", "value": "<image>\nWhat?"}, {"from": "gpt", "value": "red"}]
+    record = {"id": "1", "image": "a.jpg", "conversations": turns}
+    (tmp_path / "a.json").write_text(json.dumps([record]))
+    for exif, shape in (("ignore", (20, 10)), ("apply", (10, 20))):
+        words = [f"data.train={tmp_path / 'a.json'}", f"data.exif={exif}"]
+        recipe = load_recipe(["recipe=yivl_llava", "only=chat", *words])
+        (tmp_path / "recipe.yaml").write_text(recipe_to_yaml(recipe))
+        (question,) = final_questions(recipe.last_stage_data, None)[1]
+        name = question.sample.id
+        run: Any = SimpleNamespace(folder=tmp_path, answers_and_truths={name: ("", "red")})
+        thumbnail = QuestionThumbnails(run).first_thumbnail(name)
+        assert thumbnail is not None and (thumbnail.width, thumbnail.height) == shape
 
 
 def test_the_recipe_tells_the_model_and_stages_may_not_differ(capsys):

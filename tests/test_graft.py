@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -12,6 +13,7 @@ from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
+import open_clip
 import pytest
 import torch
 from language_folders import write_language_folder
@@ -22,6 +24,8 @@ from vlbench.config.recipe import load_recipe, to_plain
 from vlbench.connector import registry
 from vlbench.contract_checks.small_model import build_small_vlm
 from vlbench.data.tokenizer import Tokenizer
+from vlbench.encoder_names import vision_encoder_names
+from vlbench.errors import UserError
 from vlbench.graft import missing_files
 from vlbench.graft.graft_options import parse_graft_options
 from vlbench.graft.graft_recipe import fit_command, write_recipe
@@ -29,6 +33,8 @@ from vlbench.graft.part_table import parameter_lines
 from vlbench.graft.sight_trial import LAST_STEPS, sight_lines, trial_recipe
 from vlbench.graft.text_checks import choose_template, trip_conversations
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER
+from vlbench.model.named_encoder import named_encoder_folder, resolve_encoder_config
+from vlbench.model.vision_config import resolve_vision_config
 from vlbench.planner.gpu_table import local_gpu
 from vlbench.planner.meta_model import build_meta_vlm
 from vlbench.text_files import read_json
@@ -126,8 +132,35 @@ def test_a_name_brings_its_weights():
 
     assert weights("tiny", "tiny") == ("embedded", "embedded")
     assert weights("ViT-H-14", "yi-34b") == ("laion2b_s32b_b79k", "01-ai/Yi-34B-Chat")
-    assert weights("ViT-L-14", "some/model") == ("openai", "some/model")
+    assert weights("ViT-L-14-quickgelu", "some/model") == ("openai", "some/model")
     assert weights("EVA02-L-14-336", "yi-6b")[0] == "merged2b_s6b_b61k"
+
+
+def test_a_names_own_weights_are_not_refused():
+    """As OpenAI's are for ViT-L-14, which has GELU where theirs have QuickGELU."""
+    for name in vision_encoder_names()[2:]:
+        words = [f"vision={name}", "language=tiny", "connector=linear"]
+        try:
+            recipe = parse_graft_options(words).recipe
+        except UserError as error:
+            assert open_clip.list_pretrained_tags_by_model(name) == [] or re.search(
+                f"say vision={name}-quickgelu", str(error)
+            )
+        else:
+            assert resolve_vision_config(name, recipe.vision.weights)
+
+
+def test_the_commands_of_the_pages_name_encoders_with_their_weights(tmp_path, monkeypatch):
+    pages = [ROOT / "README.md", ROOT / "docs/howto/graft.md"]
+    lines = [line for page in pages for line in page.read_text(encoding="utf-8").splitlines()]
+    commands = [line for line in lines if line.startswith("    python -m vlbench graft vision=")]
+    assert len(commands) == 3
+    monkeypatch.chdir(tmp_path)
+    for command in commands:
+        vision = parse_graft_options(shlex.split(command)[4:]).recipe.vision
+        assert resolve_encoder_config(
+            vision.name, vision.weights, named_encoder_folder(vision.name)
+        )
 
 
 def qwen_folder(folder: Path, template: str | None = None) -> list[str]:
@@ -242,6 +275,10 @@ WRONG_GRAFTS = {
     "a mistyped file": (
         [*SIGLIP[::2], "vision.weights=wieghts/clip.safetensors", "connector=llava_mlp"],
         "vision.weights is 'wieghts/clip.safetensors'; for ViT-B-16-SigLIP allowed are",
+    ),
+    "weights of another activation": (
+        ["vision=ViT-L-14-336"],
+        "trained with QuickGELU: say vision=ViT-L-14-336-quickgelu",
     ),
     "an unknown encoder": (["vision=ViT-L-141"], "Did you mean 'ViT-L-14'?"),
     "an unknown language model": (["language=yi-7b"], "Did you mean 'yi-6b'?"),

@@ -66,6 +66,9 @@ def test_each_picture_has_its_map() -> None:
     )
     assert torch.equal(torch.get_rng_state(), state)
     assert first.box == second.box == (0, -0.5, 1, 1.5)
+    asked = EvalQuestion(sample_from_messages(message("red", "blue")), "a", "", "en")
+    told = diagnose_answers(vlm, [(asked, "it is")])["maps"][0]
+    assert told["box"] == list(first.box)  # where a report lays the map
     shares = torch.tensor([first.rows, second.rows], dtype=torch.float64)
     assert shares.shape[1:] == vlm.model.shapes.grid
     assert torch.allclose(shares.sum((1, 2)), torch.ones(2, dtype=torch.float64))

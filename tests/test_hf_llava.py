@@ -67,6 +67,25 @@ def test_a_batch_is_answered_as_one_by_one(tmp_path):
     assert len({tuple(one) for one in ours}) == len(ours)  # five answers of their own
 
 
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
+def test_what_the_card_says_gives_the_models_pixels(mode, tmp_path, monkeypatch):
+    """Transparency as well, which transformers alone would lay on white."""
+    monkeypatch.chdir(tmp_path)
+    source = make_plain_llava(tmp_path / "source")
+    card = (export(source, tmp_path / "to") / "README.md").read_text()
+    chat = asked(3, "What is it?")
+    image = chat[0]["content"][0]["image"].convert("RGBA")
+    image.putalpha(Image.linear_gradient("L").resize(image.size))
+    saved = (image.convert("RGB") if mode == "P" else image).convert(mode)
+    saved.save("image.png", **({"transparency": saved.getpixel((9, 9))} if mode == "P" else {}))
+    chat[0]["content"][0]["image"] = "image.png"
+    vlm = vlbench.load(source, dtype="float32", device="cpu")
+    said: dict[str, Any] = {}
+    lines = [line[4:] for line in card.splitlines() if line.startswith("    ")]
+    exec("\n".join(lines).replace("max_new_tokens=256", "max_new_tokens=4"), said)
+    assert torch.equal(said["inputs"]["pixel_values"], vlm.prepare(chat).pixels)
+
+
 def test_a_model_without_a_token_for_filling_gets_one(tmp_path):
     source = make_plain_llava(tmp_path / "source")
     edit_json(source / "tokenizer_config.json", pad_token=None, padding_side="right")

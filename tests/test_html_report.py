@@ -17,6 +17,7 @@ import pytest
 
 from vlbench.__main__ import main
 from vlbench.compare.report.analysis import ComparisonResult, analyze_runs
+from vlbench.compare.report.diagnostics import place_map
 from vlbench.compare.report.finished_runs import load_finished_run
 from vlbench.compare.report.html_report import MAX_ROW_LABEL, render_html, row_labels
 from vlbench.compare.report.markdown_report import render_markdown
@@ -198,6 +199,24 @@ def test_what_some_rows_lack_is_said(written):
     assert "Without diagnostics.json: linear." in seen
     assert "no map: the answer does not depend on the image" in seen
     assert "32.0 of 64" in seen
+
+
+def test_a_map_lies_where_the_model_saw_the_picture(tmp_path):
+    """Not every model pads pictures to a square: some are squashed, cropped or cut into tiles."""
+    folder = run(tmp_path / "a", 0.9, 0)
+    diagnose(folder)
+    file = folder / "diagnostics.json"
+    told = json.loads(file.read_text())
+    told["maps"][0]["box"] = [-0.5, 0, 1.5, 0.75]
+    file.write_text(json.dumps(told))
+    written = render_html(analyze_runs([load_finished_run(folder)]))
+    assert written.count('<image x="-56" y="0" width="224" height="84"') == 2  # and attention
+    told["maps"][0].pop("box")
+    file.write_text(json.dumps(told))
+    written = render_html(analyze_runs([load_finished_run(folder)]))
+    assert written.count('<image x="0" y="0" width="112" height="112"') >= 2
+    assert place_map(None, 160, 80) == {"x": "0", "y": "-40", "width": "160", "height": "160"}
+    assert place_map([0, 0, 1, 1], 50, 160) == {"x": "0", "y": "0", "width": "50", "height": "160"}
 
 
 def test_images_of_other_data_are_missing_and_that_is_said_once(tmp_path):

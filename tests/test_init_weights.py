@@ -13,6 +13,7 @@ from golden_release import CHECKPOINT, copy_checkpoint, load_tensors
 
 import vlbench
 from vlbench.__main__ import main
+from vlbench.compare.experiment import probe_run
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.model.vlm import connector_shapes
@@ -199,6 +200,32 @@ def test_a_part_that_init_brings_cannot_be_chosen_as_well(word, tmp_path, monkey
     said = capsys.readouterr().err.splitlines()
     assert len(said) == 2 and f"leave {word.partition('=')[0]} out" in "".join(said)
     assert not Path("run").exists()
+
+
+def test_a_recipe_that_names_its_encoder_goes_on_from_its_own_run(tmp_path, monkeypatch, capsys):
+    """As those that graft writes do, and the command in a model card."""
+    monkeypatch.chdir(tmp_path)
+    own = ["recipe=yivl_eva_tower", *FIT[2:]]
+    assert main(["fit", *own, "stages.chat.steps=0", "run=first"]) == 0
+    capsys.readouterr()
+    for words in ([], ["vision.name=eva"], ["vision.name=tiny_eva", "language.weights=embedded"]):
+        assert main(["show", *own, "init=first", *words]) == 0
+        assert "name: tiny_eva" in capsys.readouterr().out
+    for words in (["vision.name=tiny"], ["language.weights=random"]):
+        assert main(["show", *own, "init=first", *words]) == 2
+        assert "brings its own" in capsys.readouterr().err
+    assert main(["show", "recipe=yivl_llava", "init=first"]) == 0
+
+
+def test_what_compare_tries_beforehand_is_the_model_of_init(monkeypatch, capsys):
+    tried = []
+    monkeypatch.setattr(probe_run, "measure_stages", lambda *_: iter(()))
+    monkeypatch.setattr(probe_run, "time_question", lambda vlm, _: tried.append(vlm) or 0.0)
+    words = ["recipe=yivl_llava", *FIT[2:], "vision.layer=-2", f"init={CHECKPOINT}"]
+    assert probe_run.run_probe(words) == 0, capsys.readouterr().err
+    (vlm,) = tried
+    assert (vlm.vision.feature_width, vlm.language.config.hidden_size) == (80, 64)
+    assert vlm.processor.transform.crop == 56
 
 
 def test_a_part_that_the_origin_never_trained_is_the_origins(tmp_path, monkeypatch):

@@ -5,20 +5,22 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from golden_release import CHECKPOINT
 from whole_model_cost import count_model_cost
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import compare_command, cost_estimate
 from vlbench.compare.experiment.grid import MATCHABLE_BUDGETS, GridRow, parse_grid
-from vlbench.compare.experiment.match_budget import BudgetMatch, format_match_table, match_rows
+from vlbench.compare.experiment.match_budget import (
+    BudgetMatch,
+    cost_counters,
+    format_match_table,
+    match_rows,
+)
 from vlbench.config import recipe as recipes
 from vlbench.connector import registry
 from vlbench.errors import UserError
-from vlbench.model.connector_cost import (
-    BUDGET_COUNTS,
-    ConnectorCost,
-    ConnectorCostCounter,
-)
+from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCost
 
 DOCS = Path(__file__).parent.parent / "docs/connectors.md"
 FOUR = "recipe=yivl_llava,yivl_qformer,yivl_flamingo,yivl_eva"
@@ -125,14 +127,24 @@ def test_two_do_as_many_operations():
 
 
 @pytest.mark.parametrize(
-    "name",
-    ["glu", "flamingo", "mixed", "c_abstractor", "token_packer", "deepstack", "cross_attention"]
-    + ["instruct_qformer"],
+    ("name", "words"),
+    [
+        ("glu", []),
+        ("flamingo", []),
+        ("mixed", []),
+        ("c_abstractor", []),
+        ("token_packer", []),
+        ("deepstack", []),
+        ("cross_attention", []),
+        ("instruct_qformer", []),
+        ("glu", ["vision.second.name=tiny_eva"]),
+        ("flamingo", ["vision.second.name=tiny_eva"]),
+    ],
 )
-def test_counts_are_those_of_the_whole_model(name):
-    recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}"])
+def test_counts_are_those_of_the_whole_model(name, words):
+    recipe = recipes.load_recipe(["recipe=yivl_llava", f"connector.name={name}", *words])
     sizes = [stage.image_size for stage in recipe.stages.values()]
-    counter = ConnectorCostCounter(recipe.vision, recipe.language, sizes)
+    (counter,) = cost_counters([GridRow(name, tuple(["recipe=yivl_llava", *words]))])
     whole = count_model_cost(recipe.model, sizes[-1])
     options = recipe.model.connector_options
     built = counter.build_connector(registry.load_connector(name), options)
@@ -145,6 +157,14 @@ def test_counts_are_those_of_the_whole_model(name):
         "visual_tokens": tokens.get(name, whole.tokens),
         "flops": whole.flops,
     }
+
+
+def test_rows_are_counted_with_the_parts_of_their_init():
+    """Its vision encoder is 80 wide and its language model 64, where the recipe's are 128."""
+    words = ["recipe=yivl_llava", f"init={CHECKPOINT}"]
+    (counter,) = cost_counters([GridRow("a", tuple(words))])
+    (shapes,) = {(one.vision_width, one.lm_width) for one in counter.stage_shapes}
+    assert shapes == (80, 64)
 
 
 def test_what_agrees_already_stays_as_it_is():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 
 import pytest
 from tqdm import tqdm
@@ -10,7 +11,7 @@ from tqdm.notebook import tqdm_notebook
 
 from vlbench.compare.experiment.grid import parse_grid
 from vlbench.config import recipe as recipes
-from vlbench.train import run_report
+from vlbench.train import run_folder, run_report
 from vlbench.train.model_names import find_model_names
 from vlbench.train.progress_logging import can_show_bar
 from vlbench.train.run_folder import RunFolder
@@ -79,3 +80,23 @@ def test_rows_are_named_by_what_differs() -> None:
 def test_a_bar_is_for_terminals_and_notebooks(monkeypatch) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: False)
     assert can_show_bar(tqdm_notebook) and not can_show_bar(tqdm)
+
+
+def test_the_commit_is_that_of_vlbench_and_of_no_project_around_it(tmp_path, monkeypatch) -> None:
+    installed = tmp_path / ".venv/run_folder.py"
+    installed.parent.mkdir()
+    installed.touch()
+    monkeypatch.setattr(run_folder, "__file__", str(installed))
+
+    def git(*words: str) -> str:
+        identity = ["-c", "user.name=a", "-c", "user.email=a@example.org"]
+        words = ("git", *identity, *words)
+        done = subprocess.run(words, cwd=tmp_path, check=True, capture_output=True, text=True)
+        return done.stdout.strip()
+
+    git("init")
+    git("commit", "--allow-empty", "-m", "another project")
+    assert run_folder.git_commit() == ""
+    git("add", str(installed))
+    git("commit", "-m", "vlbench")
+    assert run_folder.git_commit() == git("rev-parse", "HEAD")

@@ -19,7 +19,7 @@ from vlbench.data.sample import IMAGE_PLACEHOLDER, ChatTurn, Sample
 from vlbench.errors import UserError
 from vlbench.graft.part_table import shape_lines
 from vlbench.model.build_vlm import build_vlm
-from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter, count_connector_cost
+from vlbench.model.connector_cost import BUDGET_COUNTS, count_connector_cost
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.train_flops import count_step_flops
 from vlbench.planner.meta_model import (
@@ -32,6 +32,7 @@ from vlbench.planner.options import parse_plan_options
 from vlbench.planner.plan_command import run_plan
 from vlbench.planner.stage_workload import assumed_sample, sample_flops, stage_samples
 from vlbench.processor import InMemoryImage
+from vlbench.train.shape_checks import cost_counter
 
 TILED = ["recipe=yivl_llava", "vision.tiling.tiles=4", "only=chat"]
 
@@ -150,7 +151,7 @@ def test_counts_are_those_of_the_whole_model(name, tags):
     words = [*TILED, f"connector.name={name}", f"vision.tiling.tags={tags}"]
     recipe = recipes.load_recipe(words)
     side = recipe.stages["chat"].image_size
-    counter = ConnectorCostCounter(recipe.vision, recipe.language, [side])
+    counter = cost_counter(recipe.model, [side])
     with torch.device("meta"):
         vlm = build_vlm(with_random_weights(recipe.model), side)
         whole = count_connector_cost(vlm.model, vlm.processor.view_layout)

@@ -30,7 +30,7 @@ CURATED_ENCODERS = (
     "ViT-B-32",
     "ViT-B-16",
     "ViT-L-14",
-    "ViT-L-14-336",
+    "ViT-L-14-336-quickgelu",
     "ViT-H-14",
     "ViT-g-14",
     "ViT-bigG-14",

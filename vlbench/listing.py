@@ -52,11 +52,11 @@ def connector_cost_lines(size: str) -> list[str]:
     }
     with pause_garbage_collection():
         from vlbench.connector.blank_inputs import QUESTION_TOKENS
-        from vlbench.model.connector_cost import ConnectorCostCounter
+        from vlbench.train.shape_checks import cost_counter
 
     first = next(iter(known.values()))  # all have the same encoder and language model
     side = list(first.stages.values())[-1].image_size
-    counter = ConnectorCostCounter(first.vision, first.language, [side])
+    counter = cost_counter(first.model, [side])
     rows = [("connector", "parameters", "tokens", "latents", "prefill TFLOPs")]
     unfit: list[str] = []
     for name, one in known.items():

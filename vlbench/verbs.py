@@ -223,9 +223,9 @@ def resolve_recipe(words: list[str]) -> Recipe:
     if not recipe.init:
         return recipe
     with pause_garbage_collection():
-        from vlbench.train.resume import inherited_keys  # it imports torch
+        from vlbench.train.resume import load_recipe_with_init  # it imports torch
 
-    return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
+    return load_recipe_with_init(words)
 
 
 def recipe_key_names() -> Collection[str]:
@@ -283,7 +283,7 @@ VERBS = {
     "graft": VerbEntry(
         "say whether a vision encoder, a connector and a language model fit; write their recipe",
         run_graft,
-        "vision=ViT-L-14 language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
+        "vision=ViT-L-14-quickgelu language=yi-6b connector=qformer gpu=H200 out=recipes/mine.yaml",
         takes_recipe_keys=True,
     ),
     "pack": VerbEntry(

@@ -62,7 +62,8 @@ def load_recipe(
         with collect_errors(errors):
             _check_saved_callbacks(base, typed, source)
     if inherited_keys and not is_resumed:  # a resumed run was checked
-        errors += _conflicts_with_init(merged.get("init"), [typed] if is_saved else [base, typed])
+        given = [typed] if is_saved else [base, typed]
+        errors += _conflicts_with_init(merged, given, inherited_keys)
     return check_merged(merged, layers, errors)
 
 
@@ -190,13 +191,17 @@ def _check_saved_callbacks(base: dict[str, Any], typed: dict[str, Any], source: 
         kept_source.check_callbacks(named if isinstance(named, list) else [named], source)
 
 
-def _conflicts_with_init(init: object, layers: Iterable[dict[str, Any]]) -> list[str]:
-    """Return errors for keys that choose a part which comes with the model of `init`."""
+def _conflicts_with_init(
+    merged: dict[str, Any], layers: Iterable[dict[str, Any]], inherited_keys: Mapping[str, Any]
+) -> list[str]:
+    """Return errors for keys of `layers` that choose another part than comes with `init`."""
+    inherited = dict(inherited_keys)
     return [
-        f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={init} brings its own "
-        f"{label}; leave {part}.{key} out"
+        f"{part}.{key} is '{mapping_in(layer, part)[key]}', but init={merged.get('init')} brings "
+        f"its own {label}; leave {part}.{key} out"
         for layer in layers
         for part, label in (("vision", "vision encoder"), ("language", "language model"))
         for key in ("name", "weights", "second")
         if key in mapping_in(layer, part)
+        and mapping_in(merged, part).get(key) != mapping_in(inherited, part).get(key)
     ]

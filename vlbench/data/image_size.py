@@ -7,11 +7,9 @@ from collections.abc import Callable
 from io import BytesIO
 from pathlib import Path
 
-from PIL import Image
-
 from vlbench.data.image_decoding import check_beginning, open_image_file, read_header_size
 from vlbench.data.sample import LazyImage
-from vlbench.data.square_images import turn_upright
+from vlbench.data.square_images import open_whole
 from vlbench.errors import UserError
 
 HEADER_BYTES = 65536  # of a file, in which the size is found unless a thumbnail comes before it
@@ -27,8 +25,7 @@ def read_image_size(image: LazyImage, exif: bool = False) -> tuple[int, int]:
     if read_size is not None:
         size: tuple[int, int] = read_size(exif)
         return size
-    opened: Image.Image = image.open()
-    return turn_upright(opened, image.name).size if exif else opened.size
+    return open_whole(image, exif).size
 
 
 def file_image_size(path: str | Path, exif: bool) -> tuple[int, int]:

@@ -5,9 +5,19 @@ from __future__ import annotations
 from PIL import Image, ImageOps
 
 from vlbench.data.image_decoding import explain_exif_failure
+from vlbench.data.sample import LazyImage
 from vlbench.errors import UserError
 
 MAX_SIDE = 8000  # pixels, longest side of a square canvas (64 megapixels) and of its content
+
+
+def open_whole(image: LazyImage, exif: bool) -> Image.Image:
+    """Return an image in RGB at its full size, turned as its EXIF orientation says if `exif`.
+
+    So people are shown a picture as the model is (`ImageTransform.exif`).
+    """
+    opened: Image.Image = image.open()
+    return turn_upright(opened, image.name) if exif else opened
 
 
 def turn_upright(image: Image.Image, name: str) -> Image.Image:

@@ -24,7 +24,7 @@ from vlbench.data.sample import ChatTurn, LazyImage, Sample
 from vlbench.data.sample_encoding import IGNORE_INDEX, EncodedSample
 from vlbench.errors import BadSample, UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion
-from vlbench.evaluate.view_map import map_image
+from vlbench.evaluate.view_map import find_map_box, map_image
 from vlbench.model.eval_copy import in_eval_mode
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.model.vlm import VLM
@@ -51,12 +51,12 @@ def diagnose_answers(
     """Return how the model's answers depend on the first image of each question.
 
     `maps` has for every question the relevance of each patch, as rows of `grid`, None where the
-    answer does not depend on the image. `tokens` are the mean shares of the visual tokens, of a
-    tiled image those of all its views together, and `effective` is how many are used: the
-    exponential of the shares' entropy. `attention` has the mean entropy of a visual token's
-    attention in nats, that of uniform attention, and for every question the mean over tokens; None
-    for a connector without attention. Questions without an image are left out; without any question
-    the result is empty. The model is not changed.
+    answer does not depend on the image, and the `box` that they cover (`find_map_box`). `tokens`
+    are the mean shares of the visual tokens, of a tiled image those of all its views together, and
+    `effective` is how many are used: the exponential of the shares' entropy. `attention` has the
+    mean entropy of a visual token's attention in nats, that of uniform attention, and for every
+    question the mean over tokens; None for a connector without attention. Questions without an
+    image are left out; without any question the result is empty. The model is not changed.
     """
     diagnosed: list[tuple[EvalQuestion, str, AnswerRelevance]] = []
     first_images: list[LazyImage] = []
@@ -74,7 +74,8 @@ def diagnose_answers(
     relevances = [relevance for _, _, relevance in diagnosed]
     finite = [one.token_relevance for one in relevances if one.token_relevance.isfinite().all()]
     token_shares = torch.stack(finite).mean(0) if finite else None
-    draw = partial(map_image, vlm.processor.transform, grid=vlm.model.shapes.grid)
+    transform = vlm.processor.transform
+    draw = partial(map_image, transform, grid=vlm.model.shapes.grid)
     effective = None if token_shares is None else torch.special.entr(token_shares).sum().exp()
     return {
         "maps": [
@@ -84,6 +85,7 @@ def diagnose_answers(
                 "answer": answer,
                 "truth": question.answer,
                 "grid": list(drawn.shape),
+                "box": _round_numbers(torch.tensor(find_map_box(transform, image)).double()),
                 "relevance": _round_numbers(drawn) if drawn.isfinite().all() else None,
             }
             for (question, answer, relevance), image in zip(diagnosed, first_images, strict=True)

@@ -11,6 +11,7 @@ from vlbench.config.schema import Recipe
 from vlbench.connector import registry
 from vlbench.data.image_folder import page_refusal
 from vlbench.data.shuffle import pick_fixed_subset
+from vlbench.data.square_images import open_whole
 from vlbench.evaluate.askable_questions import (
     choose_questions,
     set_name,
@@ -59,7 +60,7 @@ def write_results(
             return False
     _write_answers(run.folder / "answers.jsonl", question_sets, answers)
     draw_examples(
-        pick_examples(questions, answers["accuracy"], recipe.log.examples),
+        pick_examples(questions, answers["accuracy"], recipe.log.examples, recipe.model.apply_exif),
         run.folder / "examples.png",
         f"{recipe.recipe}, size {recipe.size}: answers about {asked_of}",
     )
@@ -157,14 +158,19 @@ def accuracy_by_group(
 
 
 def pick_examples(
-    questions: list[EvalQuestion], answers: list[str], count: int
+    questions: list[EvalQuestion], answers: list[str], count: int, exif: bool
 ) -> list[AnsweredExample]:
-    """Return `count` examples from all over the questions."""
+    """Return `count` examples from all over the questions.
+
+    With `exif` photographs are turned as their EXIF orientation says.
+    """
     answered = list(zip(questions, answers, strict=True))
     return [
         AnsweredExample(
             images=tuple(
-                image.open() for image in question.sample.images if not page_refusal(image)
+                open_whole(image, exif)
+                for image in question.sample.images
+                if not page_refusal(image)
             ),
             question=question.question_text,
             answer=answer,

@@ -15,7 +15,11 @@ from vlbench.config.model_schema import LanguageModelConfig
 from vlbench.config.resolve import mapping_in
 from vlbench.config.schema import Recipe
 from vlbench.data.data_sources import SCENES_SOURCE
-from vlbench.encoder_names import EMBEDDED_ENCODERS, check_encoder_name
+from vlbench.encoder_names import (
+    EMBEDDED_ENCODERS,
+    check_encoder_name,
+    vision_encoder_names,
+)
 from vlbench.errors import UserError, suggest_name
 from vlbench.graft.size_parts import size_parts, size_weights
 from vlbench.key_errors import declared_keys
@@ -116,13 +120,24 @@ def _vision_weights(name: str, mistakes: list[str]) -> list[str]:
         return []
     known = size_weights("vision", name)
     if known is None:
-        import open_clip  # slow, and many names need it not
+        # slow, and many names need it not
+        from vlbench.model.vision_config import list_usable_tags
 
-        tags = open_clip.list_pretrained_tags_by_model(name)
-        known = tags[0] if tags else None
+        known = next(iter(list_usable_tags(name)), None)
     if known is None and "/" not in name:
-        mistakes.append(f"vision.weights=FILE is needed: nobody has published weights of {name}")
+        mistakes.append(_no_published_weights(name))
     return [] if known is None else [f"vision.weights={known}"]
+
+
+def _no_published_weights(name: str) -> str:
+    """Return what is wrong with a name of open_clip to which none of its tags belongs."""
+    other = f"{name}-quickgelu"
+    if other in vision_encoder_names():
+        return (
+            f"vision is '{name}', whose published weights were all trained with QuickGELU: say "
+            f"vision={other}, or vision.weights=FILE"
+        )
+    return f"vision.weights=FILE is needed: nobody has published weights of {name}"
 
 
 def _out_mistakes(out: Path) -> list[str]:

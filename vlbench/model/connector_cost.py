@@ -9,13 +9,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 
 from vlbench.compat.transformers_internals import passed_through_mask
-from vlbench.config.model_schema import LanguageModelConfig, VisionEncoderConfig
 from vlbench.connector import registry
 from vlbench.connector.base import Connector
 from vlbench.connector.blank_inputs import QUESTION_TOKENS, blank_inputs
@@ -23,16 +21,12 @@ from vlbench.connector.bounded_building import build_connector
 from vlbench.connector.declared_attributes import check_injected, check_levels
 from vlbench.connector.levels import Levels, as_levels
 from vlbench.data.reference_image import REFERENCE_NAME, tile_reference
-from vlbench.data.view_layout import ViewLayout
-from vlbench.model.build_vlm import read_view_settings
-from vlbench.model.language_model import (
-    build_random_language,
-    named_language_config,
-    read_language_config,
-)
+from vlbench.data.view_layout import ViewLayout, ViewSettings
+from vlbench.model.decoder_families import DecoderConfig
+from vlbench.model.language_model import build_random_language
 from vlbench.model.train_flops import counted_flops, head_width, temporarily_frozen, text_places
 from vlbench.model.view_tokens import connector_layout
-from vlbench.model.vision_encoder import build_vision_encoder
+from vlbench.model.vision_encoder import VisionEncoder
 from vlbench.model.vlm import VLM, connector_shapes
 
 
@@ -108,29 +102,27 @@ def _image_cost(connector: Connector, layout: ViewLayout | None) -> ImageCost:
 
 
 class ConnectorCostCounter:
-    """Counts single figures of connectors between one vision encoder and one language model.
-
-    Neither has weights here. A folder in `language.weights` brings its own architecture; a hub id
-    has that of `language.name`, so that nothing has to be fetched.
-    """
+    """Counts single figures of connectors between a vision encoder and a language model."""
 
     def __init__(
         self,
-        vision: VisionEncoderConfig,
-        language: LanguageModelConfig,
+        encoder: VisionEncoder,
+        lm_config: DecoderConfig,
+        max_length: int,
+        view_settings: ViewSettings | None,
         image_sizes: Sequence[int],
     ) -> None:
-        """Find the connector's shapes at the image size of every stage, the last one last."""
-        folder = Path(language.weights).expanduser()
-        self.lm_config = (
-            read_language_config(folder)
-            if folder.is_dir()
-            else named_language_config(language.name)
-        )
-        self.max_length = language.max_length
-        self.view_settings, self.side = read_view_settings(vision), image_sizes[-1]
-        with torch.device("meta"):
-            self.encoder = build_vision_encoder(vision.name, "random", vision.layer, vision.norm)
+        """Find the connector's shapes at the image size of every stage, the last one last.
+
+        Args:
+            encoder: The vision encoder, or the pair of both, on `meta`.
+            lm_config: Of the language model.
+            max_length: Length in tokens at which samples of a training are cut.
+            view_settings: How images become views; None: each is one.
+            image_sizes: Of the stages, in pixels.
+        """
+        self.encoder, self.lm_config, self.max_length = encoder, lm_config, max_length
+        self.view_settings, self.side = view_settings, image_sizes[-1]
         self.stage_shapes = []
         for image_size in image_sizes:
             self.encoder.set_image_size(image_size)

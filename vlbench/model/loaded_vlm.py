@@ -17,6 +17,7 @@ from vlbench.connector.levels import Levels
 from vlbench.core_sharing import share_cores
 from vlbench.data.chat_template import ChatTemplate
 from vlbench.data.packing import PackedBatch
+from vlbench.data.square_images import open_whole
 from vlbench.data.tokenizer import Tokenizer
 from vlbench.data.view_layout import ViewSettings
 from vlbench.errors import UserError
@@ -230,7 +231,8 @@ class LoadedVLM:
         content: list[dict[str, Any]] = [{"type": "image", "image": image} for image in several]
         content.append({"type": "text", "text": question})
         messages = [{"role": "user", "content": content}]
-        opened = tuple(image.open() for image in sample_from_messages(messages).images)
+        shown = sample_from_messages(messages).images
+        opened = tuple(open_whole(image, self.processor.transform.exif) for image in shown)
         return ShownAnswer(question, self.chat(messages, **chat_options), opened)
 
 

@@ -19,7 +19,7 @@ class ShownAnswer:
     question: str
     text: str
     images: tuple[Image.Image, ...] = field(default=(), repr=False)
-    """In RGB, as large as they were."""
+    """In RGB, as large as they were; turned where the model sees them turned (`data.exif`)."""
 
     def __str__(self) -> str:
         """Return the answer's text."""

@@ -203,6 +203,17 @@ def resolve_vision_config(name: str, weights: str) -> VisionConfig:
     return _merge_folder_config(named, name, path.parent if is_named_file else path)
 
 
+def list_usable_tags(name: str) -> list[str]:
+    """Return the tags of a model of open_clip whose weights have its activation, in its order.
+
+    OpenAI's and others were trained with QuickGELU, which `NAME-quickgelu` has and `NAME` has not.
+    """
+    tags: list[str] = list_pretrained_tags_by_model(name)
+    if (open_clip.get_model_config(name) or {}).get("quick_gelu"):
+        return tags
+    return [tag for tag in tags if not get_pretrained_cfg(name, tag).get("quick_gelu")]
+
+
 def _merge_folder_config(named_config: VisionConfig, name: str, folder: Path) -> VisionConfig:
     """Return `named` with what a folder of weights says of itself; refuse another architecture."""
     if (folder / OPEN_CLIP_CONFIG).is_file():

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,7 +23,7 @@ from vlbench.model.frozen_bf16 import FrozenBF16
 from vlbench.model.language_model import TINY_LANGUAGE_FOLDER, build_random_language
 from vlbench.model.loaded_vlm import LoadedVLM, assemble_vlm
 from vlbench.model.vlm import VLM
-from vlbench.train.shape_checks import meta_encoder_and_config
+from vlbench.train.shape_checks import offline_encoder_and_config
 from vlbench.train.trainable_parts import check_objective, freeze_untrained_parts
 
 ROUNDING_ERROR = 1e-9  # of the ratio of two means of whole numbers
@@ -74,10 +73,7 @@ def build_meta_vlm(
     """
     folder = Path(config.language.weights).expanduser()
     local = folder.is_dir()
-    language = config.language
-    if not local:
-        language = language.model_copy(update={"weights": "random"})
-    encoder, language_config = meta_encoder_and_config(replace(config, language=language))
+    encoder, language_config = offline_encoder_and_config(config)
     encoder.set_image_size(stage.image_size)
     if depth is not None:
         language_config.num_hidden_layers = depth.decoder_layers

@@ -42,6 +42,10 @@ def parse_plan_options(words: list[str]) -> PlanOptions:
     """Return the options of a command line; a UserError for anything wrong in it."""
     arguments, recipe_words = split_arguments(PlanArguments, words, declared_keys(Recipe))
     recipe = recipes.load_recipe(recipe_words)
+    if recipe.init:
+        from vlbench.train.resume import load_recipe_with_init  # it imports torch
+
+        recipe = load_recipe_with_init(recipe_words)
     gpu = find_gpu(arguments.gpu, arguments.gpus)
     if arguments.price is not None:
         gpu = gpu._replace(price_per_hour=arguments.price)

@@ -33,13 +33,17 @@ This is transformers' {name}:
     processor = AutoProcessor.from_pretrained({{to_text}}, backend="pil")
     content = [{{{{"type": "image"}}}}, {{{{"type": "text", "text": "What is it?"}}}}]
     prompt = processor.apply_chat_template([{{{{"role": "user", "content": content}}}}])
-    inputs = processor(images=Image.open("image.png"), text=prompt, return_tensors="pt")
+    image = Image.open("image.png").convert("RGB")
+    image.info.clear()
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
     new = model.generate(
         **inputs, max_new_tokens=256, stop_strings=["{{stop}}"], tokenizer=processor.tokenizer)
     print(processor.decode(new[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True))
 
+`convert` and `clear` drop transparency, as in training; transformers would lay it on white.
 `backend="pil"` resizes images as in training; the other backend is up to one grey level off,
-which moves logits in the first decimal."""
+which moves logits in the first decimal. Gray images of 16 bits are for vlbench, which scales them:
+Pillow cuts off what is above 255."""
 
 
 USAGE_TEXTS = {

@@ -31,8 +31,8 @@ def run_serve(arguments: ServeArguments) -> int:
     """Serve the models until a signal ends it; return the exit code."""
     missing = [name for name in EXTRA_PACKAGES if find_spec(name) is None]
     if missing:
-        packages = " and ".join(missing)
-        raise UserError(f"serve needs {packages}, which are not here: pip install 'vlbench[serve]'")
+        packages, words = " and ".join(missing), " ".join(missing)
+        raise UserError(f"serve needs {packages}, which are not here: pip install {words}")
     with pause_garbage_collection():
         from vlbench.load_model import find_model_folder
         from vlbench.serve.api.app import create_app

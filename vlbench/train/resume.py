@@ -14,6 +14,7 @@ from vlbench.command_line.overrides import format_override
 from vlbench.config import recipe as recipes
 from vlbench.config.key_types import ENCODER_PARTS, PART_NAMES
 from vlbench.config.model_schema import LanguageModelConfig, ModelConfig
+from vlbench.config.schema import Recipe
 from vlbench.config.stage_schema import StageConfig
 from vlbench.connector import kept_source, registry
 from vlbench.errors import UserError
@@ -98,6 +99,14 @@ def load_checkpoint(
     return vlm
 
 
+def load_recipe_with_init(words: list[str]) -> Recipe:
+    """Return the recipe that `words` describe; what it leaves open is as in its `init`."""
+    recipe = recipes.load_recipe(words)
+    if not recipe.init:
+        return recipe
+    return recipes.load_recipe(words, inherited_keys(recipe.model, recipe.run))
+
+
 def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
     """Return keys that a recipe takes from its `init` unless it sets them, as nested dicts.
 
@@ -108,23 +117,9 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
     if source.is_file():
         return {}
     if own_recipe.is_file() or checkpoint_files.is_run_or_checkpoint(source):
-        init_recipe = recipes.load_recipe_file(
-            own_recipe
-            if own_recipe.is_file()
-            else checkpoint_files.find_checkpoint(source) / "recipe.yaml"
-        )
-        vision: dict[str, Any] = {
-            "layer": init_recipe.vision.layer,
-            "norm": init_recipe.vision.norm,
-        }
-        if init_recipe.vision.second is not None:
-            vision["second"] = recipes.to_plain(init_recipe.vision.second)
-        if init_recipe.vision.tiling is not None:
-            vision["tiling"] = recipes.to_plain(init_recipe.vision.tiling)
-            vision["max_visual_tokens"] = init_recipe.vision.max_visual_tokens
-        if init_recipe.vision.aspect != "square":
-            vision["aspect"] = init_recipe.vision.aspect
-        return {"vision": vision, "language": {"template": init_recipe.language.template}}
+        if own_recipe.is_file():
+            return _keys_of_run(own_recipe)
+        return _keys_of_run(checkpoint_files.find_checkpoint(source) / "recipe.yaml")
     folder = fetch_hub_folder(
         str(source),
         "init",
@@ -141,6 +136,26 @@ def inherited_keys(config: ModelConfig, run: str | None) -> dict[str, Any]:
     if config.language.template == default:  # else the recipe chose another
         keys["language"] = {"template": resolve_template_name(folder, spec, "language.template")}
     return keys
+
+
+def _keys_of_run(file: Path) -> dict[str, Any]:
+    """Return what a recipe takes from a run or checkpoint, whose recipe is `file`."""
+    recipe = recipes.load_recipe_file(file)
+    vision: dict[str, Any] = {"layer": recipe.vision.layer, "norm": recipe.vision.norm}
+    language: dict[str, Any] = {"template": recipe.language.template}
+    if recipe.vision.second is not None:
+        vision["second"] = recipes.to_plain(recipe.vision.second)
+    if recipe.vision.tiling is not None:
+        vision["tiling"] = recipes.to_plain(recipe.vision.tiling)
+        vision["max_visual_tokens"] = recipe.vision.max_visual_tokens
+    if recipe.vision.aspect != "square":
+        vision["aspect"] = recipe.vision.aspect
+    # what has an init itself has its parts, and not those that its recipe names
+    if recipe.init is None and not (file.parent / RELEASE_FOLDER).is_dir():
+        vision |= {"name": recipe.vision.name, "weights": recipe.vision.weights}
+        language |= {"name": recipe.language.name, "weights": recipe.language.weights}
+    data = {key: getattr(recipe.data, key) for key in ("decode", "exif")}
+    return {"vision": vision, "language": language, "data": data}
 
 
 def build_from_init(

@@ -240,15 +240,20 @@ def collect_versions() -> dict[str, str]:
 
 
 def git_commit() -> str:
-    """Return the commit of the checkout that vlbench runs from, or "" if it is installed."""
+    """Return the commit of the checkout that vlbench runs from, or "" if it is installed.
+
+    An environment may lie in the checkout of another project, which does not track vlbench.
+    """
+    file = Path(__file__).resolve()
+    return _run_git(file, "rev-parse", "HEAD") if _run_git(file, "ls-files", file.name) else ""
+
+
+def _run_git(file: Path, *words: str) -> str:
+    """Return what git prints in the folder of a file; "" where it fails or is not there."""
     git = shutil.which("git")
     if git is None:
         return ""
     result = subprocess.run(
-        [git, "rev-parse", "HEAD"],
-        cwd=Path(__file__).resolve().parent,
-        capture_output=True,
-        text=True,
-        check=False,
+        [git, *words], cwd=file.parent, capture_output=True, text=True, check=False
     )
-    return result.stdout.strip()
+    return result.stdout.strip() if result.returncode == 0 else ""

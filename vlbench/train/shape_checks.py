@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +27,7 @@ from vlbench.model.build_vlm import (
     release_overrides,
 )
 from vlbench.model.connector_adaptation import check_adaptation
+from vlbench.model.connector_cost import ConnectorCostCounter
 from vlbench.model.decoder_families import DecoderConfig
 from vlbench.model.language_model import named_language_config, read_language_config
 from vlbench.model.paired_encoder import build_encoders, check_encoder_weights
@@ -215,6 +216,27 @@ def meta_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, Decoder
         return _configured_encoder(config.vision), named_language_config(config.language.name)
     folder = language_model.tokenizer_folder(weights)
     return _configured_encoder(config.vision), read_language_config(folder)
+
+
+def offline_encoder_and_config(config: ModelConfig) -> tuple[VisionEncoder, DecoderConfig]:
+    """Return what `meta_encoder_and_config` does, without a download of a language model.
+
+    Weights of a hub id are taken to have the architecture of `language.name`.
+    """
+    language = config.language
+    if not Path(language.weights).expanduser().is_dir():
+        language = language.model_copy(update={"weights": "random"})
+    return meta_encoder_and_config(replace(config, language=language))
+
+
+def cost_counter(config: ModelConfig, image_sizes: Sequence[int]) -> ConnectorCostCounter:
+    """Return what counts the costs of connectors in a model, at the `image_sizes` of its stages."""
+    return ConnectorCostCounter(
+        *offline_encoder_and_config(config),
+        config.language.max_length,
+        read_view_settings(config.vision),
+        image_sizes,
+    )
 
 
 def _released_vision_encoder(folder: Path) -> VisionEncoder:

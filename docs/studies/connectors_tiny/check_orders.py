@@ -38,9 +38,13 @@ def main(report_file: str) -> None:
             scores = {row: accuracy / flops[row] for row, accuracy in scores.items()}
         reversed_pairs = [(high, low) for high, low in pairs if scores[high] < scores[low]]
         tau = 1 - 2 * len(reversed_pairs) / len(pairs)
-        corrected = {(p["worse"], p["better"]): p["p_corrected"] for p in families[name]["pairs"]}
+        # a pair may be the other way round for each FLOP alone
+        corrected = {
+            frozenset((p["worse"], p["better"])): p["p_corrected"] for p in families[name]["pairs"]
+        }
         told = [
-            f"{low} over {high}, p = {corrected[high, low]:.3g}" for high, low in reversed_pairs
+            f"{low} over {high}, p = {corrected[frozenset((high, low))]:.3g}"
+            for high, low in reversed_pairs
         ]
         verdict = "held" if tau >= LEAST_TAU else "not held"
         print(f"{name}: tau {tau:.2f}, {verdict}; reversed: {'; '.join(told) or 'none'}")

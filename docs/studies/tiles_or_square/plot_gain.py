@@ -28,12 +28,15 @@ Curves = dict[str, dict[float, list[float]]]
 
 
 def read_curves(comparison: Path) -> dict[str, Curves]:
-    """Return the curves of each family of questions, from the report and the runs it names."""
+    """Return the curves of each family of questions, from the report and the runs it names.
+
+    Those are named as they were when the report was written, from the same current folder.
+    """
     families: dict[str, Curves] = defaultdict(lambda: defaultdict(lambda: defaultdict(list)))
     report = json.loads((comparison / "report.json").read_text(encoding="utf-8"))
     for row in report["rows"]:
         for run in row["runs"]:
-            file = comparison.parent / run["folder"] / "results.json"
+            file = Path(run["folder"], "results.json")
             scores = json.loads(file.read_text(encoding="utf-8"))["accuracy_by_type"]
             for name, accuracy in scores.items():
                 if kind := KIND.fullmatch(name):

@@ -42,6 +42,14 @@ RESERVED_KEYS = ("seed", "init", "profile")
 """Recipe keys that a comparison sets itself, or that make runs not comparable."""
 RESERVED_GRID_KEYS = ("seed", "run", "profile", "dry_run")
 """Those that no row may have of its own; `init` may be what rows differ in."""
+RESERVED_HINTS = {
+    "seed": "give seeds=NUMBER",
+    "init": "rows name what they begin with, grid='init=RUN' for all of them",
+    "run": "run=FOLDER, outside of grid=, is the folder of all runs",
+    "dry_run": "dry_run=true, outside of grid=, is for all rows",
+    "profile": "profile=true is for one run of fit",
+}
+"""What to write instead of them."""
 
 
 @dataclass(frozen=True)
@@ -204,9 +212,7 @@ def parse_grid(words: list[str]) -> ComparisonGrid:
 def _refuse_reserved(words: Sequence[str], reserved_keys: Sequence[str]) -> None:
     reserved = [key for word in words if (key := word.partition("=")[0]) in reserved_keys]
     if reserved:
-        raise UserError(
-            f"{reserved[0]} is not for compare: give seeds=NUMBER, and what differs in grid="
-        )
+        raise UserError(f"{reserved[0]} is not for compare: {RESERVED_HINTS[reserved[0]]}")
 
 
 def _parse_alternatives(text: str | None) -> list[tuple[str, ...]]:

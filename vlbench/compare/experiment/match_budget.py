@@ -27,6 +27,8 @@ from vlbench.data.reference_image import REFERENCE_NAME
 from vlbench.errors import UserError, suggest_name
 from vlbench.model.connector_cost import BUDGET_COUNTS, ConnectorCostCounter
 from vlbench.text_tables import format_table
+from vlbench.train.resume import load_recipe_with_init
+from vlbench.train.shape_checks import cost_counter
 
 MAX_CHANGED_OPTIONS = 2  # per row, so that a reader can still see what was changed
 
@@ -52,7 +54,9 @@ def match_budgets(grid: ComparisonGrid) -> ComparisonGrid:
     """Return the grid with equal budgets if `match=` asks for it, and print what changed."""
     if grid.budget_to_match is None:
         return grid
-    is_tiled = any(load_recipe(row, 0).vision.has_views for row in grid.rows)
+    is_tiled = any(
+        load_recipe_with_init(row.overrides_for_seed(0)).vision.has_views for row in grid.rows
+    )
     image = f", for {REFERENCE_NAME}" if is_tiled and grid.budget_to_match != "params" else ""
     print(
         f"match={grid.budget_to_match}: trying sizes of {len(grid.rows)} connectors{image}",
@@ -135,11 +139,11 @@ def cost_counters(rows: Sequence[GridRow]) -> list[ConnectorCostCounter]:
     shared: dict[Any, ConnectorCostCounter] = {}
     counters = []
     for row in rows:
-        recipe = load_recipe(row, 0)
+        recipe = load_recipe_with_init(row.overrides_for_seed(0))
         image_sizes = tuple(stage.image_size for stage in recipe.stages.values())
-        key = (recipe.vision, recipe.language, image_sizes)
+        key = (recipe.vision, recipe.language, recipe.init, image_sizes)
         if key not in shared:
-            shared[key] = ConnectorCostCounter(*key)
+            shared[key] = cost_counter(recipe.model, image_sizes)
         counters.append(shared[key])
     return counters
 

@@ -20,10 +20,11 @@ from vlbench.evaluate.askable_questions import split_askable
 from vlbench.evaluate.batch_inference import QUESTIONS_PER_BATCH, answer_questions
 from vlbench.evaluate.budget_card import unused_objectives
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
-from vlbench.model.build_vlm import build_vlm
 from vlbench.model.loaded_vlm import LoadedVLM
 from vlbench.system_errors import explain_system_error
 from vlbench.train.dry_run import measure_stages
+from vlbench.train.fit import build_or_resume_model
+from vlbench.train.resume import load_recipe_with_init
 from vlbench.train.stage_plan import plan_stage_runs
 from vlbench.train.stage_runner import StageRunner
 from vlbench.train.throughput import peak_memory
@@ -52,7 +53,7 @@ def run_probe(overrides: list[str]) -> int:
     and `unused_objectives` of its connector, [] where it begins with given weights.
     """
     try:
-        recipe = recipes.load_recipe(overrides)
+        recipe = load_recipe_with_init(overrides)
         runner = StageRunner.from_recipe(recipe)
         with join_process_group(recipe.trainer):
             stage_runs = collectives.call_on_rank_zero_first(
@@ -62,7 +63,8 @@ def run_probe(overrides: list[str]) -> int:
             is_first = collectives.is_rank_zero()
         if not is_first:  # one process asks the questions at the end of a run
             return 0
-        vlm = build_vlm(recipe.model, recipe.last_stage_data.stage.image_size)
+        vlm, _ = build_or_resume_model(recipe.model, stage_runs, is_sharded=False)
+        vlm.set_image_size(recipe.last_stage_data.stage.image_size)
         _, *wanted = final_questions(recipe.last_stage_data, recipe.log.questions)
         questions, unseen = (split_askable(vlm.processor, some)[0] for some in wanted)
         each = 0.0 if runner.is_sharded else time_question(vlm.to(runner.device), questions)

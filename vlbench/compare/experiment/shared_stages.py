@@ -15,6 +15,7 @@ from vlbench.config.schema import Recipe
 from vlbench.connector.kept_source import describe_other_source
 from vlbench.data.data_checksums import DATA_KEYS
 from vlbench.file_lock import LOCK_FILE, is_held_here
+from vlbench.train.resume import load_recipe_with_init
 from vlbench.train.run_folder import RunFolder, open_run
 
 
@@ -33,17 +34,24 @@ def find_shared_stages(grid: ComparisonGrid) -> dict[str, SharedStages]:
     """
     found: dict[str, SharedStages] = {}
     first_rows: dict[str, GridRow] = {}
+    whole = {row.name: _recipe_with_init(grid, row) for row in grid.rows}
     for row in grid.rows:
-        recipe = flatten_keys(recipes.to_plain(grid.recipes[row.name]))
+        recipe = flatten_keys(recipes.to_plain(whole[row.name]))
         ran = stages_that_ran(recipe)
         if not ran:
             continue
         beginning = [_keys_outside_stages(recipe), ran[0], _keys_of_stage(recipe, ran[0])]
         other = first_rows.setdefault(json.dumps(beginning, sort_keys=True), row)
-        stages = common_stages(grid.recipes[row.name], grid.recipes[other.name])
+        stages = common_stages(whole[row.name], whole[other.name])
         if other is not row and stages:
             found[row.name] = SharedStages(other, stages)
     return found
+
+
+def _recipe_with_init(grid: ComparisonGrid, row: GridRow) -> Recipe:
+    """Return the recipe of a row with what it leaves open as in its `init`."""
+    recipe = grid.recipes[row.name]
+    return load_recipe_with_init(row.overrides_for_seed(grid.seeds[0])) if recipe.init else recipe
 
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
@@ -82,7 +90,8 @@ def copy_shared_stages(
     source = RunFolder(grid.run_folder(shared.row, seed))
     if not source.is_finished or is_held_here(folder / LOCK_FILE):  # fit says by whom
         return ""
-    recipe = recipes.load_recipe([*row.overrides_for_seed(seed), f"run={folder}"])
+    # as `fit` resolves it: what it finds in the folder it does not look up in `init` again
+    recipe = load_recipe_with_init([*row.overrides_for_seed(seed), f"run={folder}"])
     stages = _trained_alike(recipe, source)
     if not stages:
         return ""

@@ -33,6 +33,8 @@ PANELS_ACROSS = 3  # panels in a row of a figure
 
 PatchMap = list[list[float]]
 """A value for each patch: `[patch rows, patch columns]`."""
+MapBox = list[float]
+"""Left, top, right and bottom of a map, in shares of its picture's width and height."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,8 @@ class RowHeatmap:
     answer: str
     correct: bool
     patch_map: PatchMap | None
+    box: MapBox | None
+    """None in a run of a version that did not write it."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +65,12 @@ def _check_map(rows: list[list[float]] | None) -> list[list[float]] | None:
     return rows
 
 
+def _check_box(box: list[float]) -> list[float]:
+    if len(box) != 4 or box[0] >= box[2] or box[1] >= box[3]:
+        raise ValueError("must be left, top, right and bottom of a map")
+    return box
+
+
 def _check_size(number: float) -> float:
     """Return a number within limits, or NaN, as diverged models have it."""
     if abs(number) > MAX_NUMBER:
@@ -69,6 +79,9 @@ def _check_size(number: float) -> float:
 
 
 Number = Annotated[float, Field(allow_inf_nan=True), AfterValidator(_check_size)]
+CheckedBox = Annotated[
+    list[Annotated[float, AfterValidator(_check_size)]], AfterValidator(_check_box)
+]
 CheckedMap = Annotated[list[list[Number]] | None, AfterValidator(_check_map)]
 
 
@@ -80,6 +93,7 @@ class QuestionDiagnostics(FileRecord):
     answer: str
     truth: str
     relevance: CheckedMap = None
+    box: CheckedBox | None = None
 
 
 class AttentionDiagnostics(FileRecord):
@@ -105,7 +119,7 @@ class RowDiagnostics:
 
     row_name: str
     question_maps: list[dict[str, Any]]
-    """For each question: id, question, answer, truth, grid and relevance."""
+    """For each question: id, question, answer, truth, grid, box and relevance."""
     token_shares: list[float]
     """The share of each visual token in the relevance for the answers; [] if none has any."""
     effective_tokens: float
@@ -164,9 +178,26 @@ def _group_by_question(
             empty = QuestionHeatmaps(asked["id"], asked["question"], asked["truth"], [])
             is_correct = asked["answer"] == asked["truth"]
             questions.setdefault(asked["id"], empty).row_heatmaps.append(
-                RowHeatmap(row.row_name, asked["answer"], is_correct, patch_map)
+                RowHeatmap(row.row_name, asked["answer"], is_correct, patch_map, asked.get("box"))
             )
     return list(questions.values())
+
+
+def place_map(box: MapBox | None, width: int, height: int) -> dict[str, str]:
+    """Return where a map lies over a picture: x, y, width and height, as an SVG has them.
+
+    Without a `box` it is that of the picture padded to a square, as older runs had it.
+    """
+    side = max(width, height)
+    if box is None:
+        box = [(1 - side / width) / 2, (1 - side / height) / 2]
+        box += [1 - box[0], 1 - box[1]]
+    left, top, right, bottom = box
+    places = (left * width, top * height, (right - left) * width, (bottom - top) * height)
+    return {
+        name: f"{value:.4g}"
+        for name, value in zip(("x", "y", "width", "height"), places, strict=True)
+    }
 
 
 def heatmap_uri(patch_values: Sequence[Sequence[float]]) -> str:

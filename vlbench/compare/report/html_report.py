@@ -74,6 +74,7 @@ def render_html(findings: ComparisonResult) -> str:
         "share": format_share,
         "whole": format_whole,
         "heatmap": diagnostics.heatmap_uri,
+        "place": diagnostics.place_map,
         "exp": math.exp,
         "breakable": _breakable,
         "significant": name_significant,

@@ -15,8 +15,8 @@ from vlbench.compare.report.finished_runs import FinishedRun
 from vlbench.compare.report.row_pairs import RowPair
 from vlbench.config import recipe as recipes
 from vlbench.data.image_folder import page_refusal
-from vlbench.data.image_processing import ImageTransform
 from vlbench.data.sample import IMAGE_PLACEHOLDER, LazyImage
+from vlbench.data.square_images import open_whole
 from vlbench.errors import UserError
 from vlbench.evaluate.heldout_questions import EvalQuestion, final_questions
 from vlbench.html_pages import image_data_uri
@@ -25,7 +25,6 @@ MAX_QUESTIONS_SHOWN = 6  # of a winner and a loser
 MAX_OPPONENTS = 3  # rows that the best one is compared with
 THUMBNAIL_SIZE = 160  # pixels, the longest side of a thumbnail
 MAX_IMAGES_SHOWN = 3  # of a question
-CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)  # color of the padding (Radford et al. 2021)
 
 
 @dataclass(frozen=True)
@@ -129,7 +128,8 @@ class QuestionThumbnails:
     def __init__(self, run: FinishedRun) -> None:
         """Load the questions that `run` was asked from the data of its recipe."""
         self._truths = {name: truth for name, (_, truth) in run.answers_and_truths.items()}
-        self._thumbnails: dict[tuple[str, bool], Thumbnail] = {}
+        self._thumbnails: dict[str, Thumbnail] = {}
+        self._exif = False
         self.problem = ""
         """Why images or texts are missing on the page, "" if none is."""
         self._questions: dict[str, EvalQuestion] = {}
@@ -140,6 +140,7 @@ class QuestionThumbnails:
             self.problem = str(error)
             return
         self._questions = {question.sample.id: question for question in questions}
+        self._exif = recipe.model.apply_exif
 
     @property
     def used_thumbnails(self) -> list[Thumbnail]:
@@ -157,15 +158,15 @@ class QuestionThumbnails:
         """Return the images of a question, [] if they cannot be opened."""
         question = self._find_question(question_id)
         images = question.sample.images[:MAX_IMAGES_SHOWN] if question else ()
-        thumbnails = [self._make_thumbnail(image, square=False) for image in images]
+        thumbnails = [self._make_thumbnail(image) for image in images]
         return [thumbnail for thumbnail in thumbnails if thumbnail]
 
-    def square_thumbnail(self, question_id: str) -> Thumbnail | None:
-        """Return the first image of a question, padded to a square as for the vision encoder."""
+    def first_thumbnail(self, question_id: str) -> Thumbnail | None:
+        """Return the first image of a question, of which the maps are; None without it."""
         question = self._find_question(question_id)
         if question is None or not question.sample.images:
             return None
-        return self._make_thumbnail(question.sample.images[0], square=True)
+        return self._make_thumbnail(question.sample.images[0])
 
     def _find_question(self, question_id: str) -> EvalQuestion | None:
         question = self._questions.get(question_id)
@@ -177,19 +178,19 @@ class QuestionThumbnails:
             return None
         return question
 
-    def _make_thumbnail(self, lazy_image: LazyImage, square: bool) -> Thumbnail | None:
-        key = (lazy_image.name, square)
+    def _make_thumbnail(self, lazy_image: LazyImage) -> Thumbnail | None:
+        key = lazy_image.name
         if key not in self._thumbnails:
             refusal = page_refusal(lazy_image)
             if refusal:
                 self.problem = self.problem or refusal
                 return None
             try:
-                image = lazy_image.open()
+                image = open_whole(lazy_image, self._exif)
             except (UserError, OSError) as error:
                 self.problem = self.problem or str(error)
                 return None
-            small = _pad_to_square(image) if square else _shrink_image(image)
+            small = _shrink_image(image)
             self._thumbnails[key] = Thumbnail(
                 f"image-{len(self._thumbnails)}", png_data_uri(small), *small.size
             )
@@ -200,14 +201,6 @@ def _shrink_image(image: Image.Image) -> Image.Image:
     small = image.convert("RGB")
     small.thumbnail((THUMBNAIL_SIZE, THUMBNAIL_SIZE), Image.Resampling.LANCZOS)
     return small
-
-
-def _pad_to_square(image: Image.Image) -> Image.Image:
-    return Image.fromarray(
-        ImageTransform(THUMBNAIL_SIZE, THUMBNAIL_SIZE, CLIP_MEAN, (1.0, 1.0, 1.0)).resize_and_crop(
-            image
-        )
-    )
 
 
 def png_data_uri(image: Image.Image) -> str:

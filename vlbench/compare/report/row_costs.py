@@ -51,7 +51,10 @@ def cost_table(rows: Sequence[RowResult]) -> list[tuple[str, list[str]]]:
             "seconds of the run, mean over seeds",
             _value_per_row(rows, lambda row: _format_number(row.mean_result("seconds"), 0)),
         ),
-        ("text tokens per second, last stage", _value_per_row(rows, _tokens_per_second)),
+        (
+            "tokens per second, images included, last stage",
+            _value_per_row(rows, _tokens_per_second),
+        ),
         ("peak memory, GB", _value_per_row(rows, _peak_memory)),
     ]
     return [(label, values) for label, values in lines if any(values)]
