@@ -32,10 +32,11 @@ UNDETECTABLE = 1.0  # in place of a difference where not even the largest one is
 FEW_PICTURES = 40
 ROUGH_FIGURES = (
     f"A smallest detectable difference with fewer than {FEW_PICTURES} pictures is a rough figure "
-    "('about'): in simulated comparisons such a difference was found in 47 to 91 of 100 cases "
-    "instead of 80, least often where nearly all answers are right."
+    "('about'): in simulated comparisons such a difference was found in 40 to 99 of 100 cases "
+    "instead of 80."
 )
-"""Of benchmarks/simulated_comparison.md, cells of 10 and 30 questions, and of 8 to 20 questions."""
+"""70 to 99 of benchmarks/simulated_comparison.md, cells of 10 and 30 questions; 40 to 80 where
+8 to 15 pictures have several questions each."""
 KEPT_DIGITS = 3
 """Of degrees of freedom: noncentralities of those that agree in so many differ by less than 1 %."""
 
