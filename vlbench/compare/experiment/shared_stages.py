@@ -49,9 +49,15 @@ def find_shared_stages(grid: ComparisonGrid) -> dict[str, SharedStages]:
 
 
 def _recipe_with_init(grid: ComparisonGrid, row: GridRow) -> Recipe:
-    """Return the recipe of a row with what it leaves open as in its `init`."""
-    recipe = grid.recipes[row.name]
-    return load_recipe_with_init(row.overrides_for_seed(grid.seeds[0])) if recipe.init else recipe
+    """Return the recipe of a row with what it leaves open as in its `init`.
+
+    A run that has begun tells that itself: its `init` may be gone.
+    """
+    if not grid.recipes[row.name].init:
+        return grid.recipes[row.name]
+    seed = grid.seeds[0]
+    words = [*row.overrides_for_seed(seed), f"run={grid.run_folder(row, seed)}"]
+    return load_recipe_with_init(words)
 
 
 def common_stages(first: Recipe, second: Recipe) -> list[str]:
