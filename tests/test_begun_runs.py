@@ -8,6 +8,7 @@ import shutil
 from pathlib import Path
 
 from fake_training import FakeTraining, training
+from test_connector_registry import MINE
 
 from vlbench.__main__ import main
 from vlbench.compare.experiment import cost_estimate
@@ -15,19 +16,6 @@ from vlbench.compare.experiment.grid import parse_grid
 from vlbench.config import recipe as recipes
 
 __all__ = ["training"]  # a fixture
-OWN_CONNECTOR = """
-from torch import nn
-from vlbench.connector import Connector
-
-class Own(Connector):
-    def __init__(self, shapes, bias=True):
-        super().__init__()
-        self.tokens_per_image = shapes.patches
-        self.proj = nn.Linear(shapes.vision_width, shapes.lm_width, bias=bias)
-
-    def forward(self, features):
-        return self.proj(features)
-"""
 STEPS = "grid=stages.chat.steps=5 | stages.chat.steps=6"
 
 
@@ -41,6 +29,16 @@ def edit(file: Path, old: str, new: str) -> None:
     file.write_text(text.replace(old, new))
 
 
+def edit_after(training: FakeTraining, count: int, file: Path, old: str, new: str) -> None:
+    """Edit a file when `count` runs have been trained."""
+
+    def edit_once(_: Path) -> None:
+        if len(training.trained) == count:
+            edit(file, old, new)
+
+    training.after_run = edit_once
+
+
 def own_recipe(tmp_path: Path) -> Path:
     file = tmp_path / "mine.yaml"
     file.write_text(recipes.recipe_to_yaml(recipes.load_recipe(["recipe=yivl_llava"])))
@@ -51,7 +49,7 @@ def own_recipe(tmp_path: Path) -> Path:
 def own_connector(tmp_path: Path) -> Path:
     (tmp_path / "connectors").mkdir()
     file = tmp_path / "connectors/own.py"
-    file.write_text(OWN_CONNECTOR)
+    file.write_text(MINE)
     return file
 
 
@@ -60,12 +58,7 @@ def test_a_recipe_that_is_edited_meanwhile_ends_what_is_not_begun(
 ):
     file = own_recipe(tmp_path)
     words = ["recipe=mine.yaml", "seeds=2", STEPS]
-
-    def edit_after_first_seed(_: Path) -> None:
-        if len(training.trained) == 2:
-            edit(file, "warmup_ratio: 0.03", "warmup_ratio: 0.05")
-
-    training.after_run = edit_after_first_seed
+    edit_after(training, 2, file, "warmup_ratio: 0.03", "warmup_ratio: 0.05")
     before = file.read_text()
     assert compare(*words) == 1
     said = capsys.readouterr()
@@ -92,12 +85,7 @@ def test_a_row_whose_connector_is_edited_gets_no_further_seeds(
 ):
     file = own_connector(tmp_path)
     words = ["recipe=yivl_llava", "connector.name=own", STEPS]
-
-    def edit_after_first_row(_: Path) -> None:
-        if len(training.trained) == 1:
-            edit(file, "bias=bias)", "bias=bias)  # edited")
-
-    training.after_run = edit_after_first_row
+    edit_after(training, 1, file, "bias=bias)", "bias=bias)  # edited")
     assert compare(*words, "seeds=2") == 1
     said = capsys.readouterr()
     assert "as in" not in said.out  # the later row would have half of its stages from the former

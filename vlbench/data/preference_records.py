@@ -24,18 +24,11 @@ def refuse_preferences(name: str, turns: Sequence[ChatTurn], record: Mapping[str
 
     Whole conversations that have a rejected answer beside them are conversations.
     """
-    verdict = next(
-        (
-            key
-            for key, beside in VERDICT_KEYS.items()
-            if record.get(key) is False and (beside is None or beside in record)
-        ),
-        "",
-    )
-    if verdict:
-        raise BadSample(
-            name, f"{verdict!r} is false: its answer is not to be learned; leave the record out"
-        )
+    for key, beside in VERDICT_KEYS.items():
+        if record.get(key) is False and beside in (None, *record):
+            raise BadSample(
+                name, f"{key!r} is false: its answer is not to be learned; leave the record out"
+            )
     if turns[-1].role == "human" and record.get(CHOSEN_KEY) not in EMPTY_VALUES:
         raise BadSample(
             name, f"{CHOSEN_KEY!r} is not read: write the answer as the last turn, or leave it out"

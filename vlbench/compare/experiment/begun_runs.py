@@ -8,15 +8,13 @@ would be no seeds of their rows: the report could pair nothing, or all would be 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from vlbench.command_line.overrides import flatten_keys
+from vlbench.compare.experiment.equal_rows import identity_text
 from vlbench.compare.experiment.grid import ComparisonGrid, GridRow, load_recipe
 from vlbench.compare.experiment.run_jobs import TrainingJob
 from vlbench.compare.report.nested_files import files_below
-from vlbench.compare.report.row_identity import row_identity
 from vlbench.compare.report.unfinished_runs import is_trial
 from vlbench.config import recipe as recipes
 from vlbench.config.schema import Recipe
@@ -31,7 +29,7 @@ from vlbench.data.data_checksums import (
 from vlbench.data.data_sources import SourceCache, open_held_out, open_stage_sources
 from vlbench.data.sample import SampleSource
 from vlbench.errors import UserError
-from vlbench.train.resume import inherited_keys
+from vlbench.train.resume import load_recipe_with_init
 from vlbench.train.run_folder import RunFolder, recipe_differences
 
 
@@ -44,10 +42,7 @@ def refuse_other_recipes(jobs: Sequence[TrainingJob]) -> None:
         saved = RunFolder(job.folder).recipe_file
         if not saved.is_file():
             continue
-        recipe = recipes.load_recipe(list(job.overrides))
-        if recipe.init:  # what it adds to a recipe stands in the run's own
-            inherited = inherited_keys(recipe.model, str(job.folder))
-            recipe = recipes.load_recipe(list(job.overrides), inherited)
+        recipe = load_recipe_with_init(list(job.overrides))
         changed = recipe_differences(recipes.load_recipe_file(saved), recipe)
         if changed:
             raise UserError(
@@ -122,7 +117,7 @@ def refuse_renamed_rows(grid: ComparisonGrid) -> None:
 
     A row is named by what differs from the others, so that one more row may rename all.
     """
-    names = {_identify(grid.recipes[row.name]): row.name for row in grid.rows}
+    names = {identity_text(grid.recipes[row.name]): row.name for row in grid.rows}
     folders = {grid.folder / row.name for row in grid.rows}
     for file in files_below(grid.folder, "recipe.yaml"):
         folder = file.parent.parent
@@ -131,15 +126,10 @@ def refuse_renamed_rows(grid: ComparisonGrid) -> None:
             continue
         name = ""
         with contextlib.suppress(UserError):  # of another version: it cannot be gone on with
-            name = names.get(_identify(recipes.load_recipe_file(file)), "")
+            name = names.get(identity_text(recipes.load_recipe_file(file)), "")
         if name and not any((grid.folder / name).glob("seed*/recipe.yaml")):
             raise UserError(
                 f"row {name} has the recipe of the runs in {folder}: a row is named by what "
                 f"differs from the others, and that has changed. Rename {folder} to "
                 f"{grid.folder / name}, so that its runs count, or give a new folder, run=DIR"
             )
-
-
-def _identify(recipe: Recipe) -> str:
-    """Return what a recipe trains, as a text; its seed does not count."""
-    return json.dumps(row_identity(flatten_keys(recipes.to_plain(recipe)), {}), sort_keys=True)

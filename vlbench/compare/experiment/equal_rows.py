@@ -22,11 +22,10 @@ def refuse_equal_rows(recipes_by_row: Mapping[str, Recipe], made_equal_by: str =
     """Refuse rows that train the same; `made_equal_by` is the word that changed their recipes."""
     rows_by_identity: dict[str, str] = {}
     for name, recipe in recipes_by_row.items():
-        flat = flatten_keys(recipes.to_plain(recipe))
-        identity = json.dumps(row_identity(flat, {}), sort_keys=True)
-        other = rows_by_identity.setdefault(identity, name)
+        other = rows_by_identity.setdefault(identity_text(recipe), name)
         if other == name:
             continue
+        flat = flatten_keys(recipes.to_plain(recipe))
         before = flatten_keys(recipes.to_plain(recipes_by_row[other]))
         changed = [key for key in flat if flat[key] != before.get(key) and key != "recipe"]
         difference = (
@@ -37,6 +36,11 @@ def refuse_equal_rows(recipes_by_row: Mapping[str, Recipe], made_equal_by: str =
         if made_equal_by:
             difference = f"{made_equal_by} has made their recipes equal; leave one of them out"
         raise UserError(f"rows {other} and {name} are the same experiment: {difference}")
+
+
+def identity_text(recipe: Recipe) -> str:
+    """Return what a recipe trains, as a text; its seed does not count."""
+    return json.dumps(row_identity(flatten_keys(recipes.to_plain(recipe)), {}), sort_keys=True)
 
 
 def refuse_equal_trials(
